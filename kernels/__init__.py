@@ -1,0 +1,1 @@
+"""Accelerated operations, one folder each: api (validation, dispatch), reference, implementations."""
