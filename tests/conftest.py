@@ -1,0 +1,61 @@
+"""What every test may use: the checkout, public structures outside it, and guards against uninitialised memory."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EMPTY_CONSTRUCTORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU here: run `make gpu-test` on a machine that has one")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tracked_files() -> list[Path]:
+    """Files under version control that exist, relative to the root of the checkout."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout: run this in a clone of the repository")
+    return [Path(name) for name in listing.stdout.split("\0") if name and (REPOSITORY / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of public structures that are not part of the repository."""
+    folder = Path(os.environ.get("PAIRFORMER_FAST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no structures at {folder}: set PAIRFORMER_FAST_DATA to the folder that holds them")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill memory that code asks for uninitialised with NaN, so that reading it shows in every result."""
+
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            return tensor.detach().fill_(torch.nan).requires_grad_(tensor.requires_grad) if floating else tensor
+
+        return poisoned
+
+    for owner, name in EMPTY_CONSTRUCTORS:
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
