@@ -1,0 +1,52 @@
+"""Turn raw antibody data into training and evaluation shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from pairformer_fast.training.prepare import predict_with_teacher, prepare
+from pairformer_fast.training.shards import Structure
+from pairformer_fast.training.sources import Pair
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="folder for train, val and crystal.safetensors and summary.json")],
+    data: Annotated[Path, typer.Option(help="folder with the raw data")] = SHARED_DATA,
+    pairs: Annotated[bool, typer.Option(help="add CoV-AbDab pairs with structures by flash-abb to train")] = True,
+    cache: Annotated[
+        Path | None, typer.Option(help="file that keeps the predictions [default: OUTPUT_teacher.safetensors]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="where flash-abb runs")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of flash-abb")] = 1,
+) -> None:
+    """Training data that shares a cluster with the SAbDab val split or the Fv crystals is dropped and counted."""
+    torch.set_num_threads(threads)
+    console = Console(stderr=True)
+    cache = cache or output.with_name(output.name + "_teacher.safetensors")
+
+    def predict(wanted: Sequence[Pair]) -> list[Structure]:
+        with Progress(console=console) as progress:
+            task = progress.add_task("flash-abb", total=len(wanted))
+            return predict_with_teacher(wanted, cache, device, partial(progress.advance, task))
+
+    try:
+        summary = prepare(data, output, predict if pairs else None)
+    except (OSError, ValueError, ImportError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    typer.echo(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
