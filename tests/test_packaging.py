@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -81,14 +82,15 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """``bin`` of an environment that holds the wheel, its dependencies and nothing else."""
     environment = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment.parent)
     python = environment / "bin" / "python"
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
     run(sys.executable, "-m", "pip", "--python", python, "install", torch, wheel, cwd=environment.parent)
-    return environment / "bin"
+    yield environment / "bin"
+    shutil.rmtree(environment)
 
 
 def test_wheel_holds_every_tracked_file(wheel: Path, tracked_files: list[Path]) -> None:
