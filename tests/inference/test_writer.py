@@ -9,6 +9,7 @@ from biotite.structure.io import pdbx
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.inference.writer import write_mmcif
 from pairformer_fast.model.residue import ATOM14
+
 from .fakes import helix, make_job
 
 SEQUENCES = ("ARNDCQEGHILKMFPSTWYV", "GGSAYF", "GGSAYF")
