@@ -13,7 +13,7 @@ import numpy as np
 from pairformer_fast.inference.antibody import check_variable_domain
 from pairformer_fast.model.residue import ATOM14, RESTYPES
 from pairformer_fast.training.leakage import HeavyChain, check_leakage, find_leaks
-from pairformer_fast.training.quality import backbone_problem
+from pairformer_fast.training.quality import keep_sound
 from pairformer_fast.training.shards import Shard, Structure, shard_path, write_shard
 from pairformer_fast.training.sources import Crystal, Pair, SabdabEntry, read_covabdab, read_crystals, read_sabdab
 from pairformer_fast.training.teacher import predict_pairs
@@ -21,9 +21,6 @@ from pairformer_fast.training.teacher import predict_pairs
 SABDAB_SOURCE = "sabdab"
 PAIR_SOURCE = "covabdab"
 CRYSTAL_SOURCE = "fv_crystal"
-
-MIN_TEACHER_CONFIDENCE = 0.0
-"""Smallest accepted mean confidence (0 to 1) of a teacher structure."""
 
 _Item = TypeVar("_Item", SabdabEntry, Pair)
 
@@ -104,6 +101,7 @@ def prepare(data: Path, output: Path, predict: Callable[[Sequence[Pair]], list[S
         summary["splits"][name] = {
             "structures": dict(sorted(Counter(structure.source for structure in structures).items())),
             "residues": sum(map(len, structures)),
+            "residues_without_target": sum(int((~structure.atom14_mask[:, 1]).sum()) for structure in structures),
             "bytes": path.stat().st_size,
         }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -147,13 +145,11 @@ def _predicted_pairs(
     dropped |= leaks
     kept = []
     for pair, structure in zip(pairs, predict(pairs), strict=True):
-        problem = backbone_problem(structure)
-        if problem is None and structure.weight < MIN_TEACHER_CONFIDENCE:
-            problem = "low_confidence"
-        if problem is None:
-            kept.append((pair, structure))
-        else:
+        sound, problem = keep_sound(structure)
+        if sound is None:
             dropped[problem] = dropped.get(problem, 0) + 1
+        else:
+            kept.append((pair, sound))
     return [pair for pair, _ in kept], [structure for _, structure in kept], dropped
 
 
