@@ -141,7 +141,8 @@ class Shard:
             )
         self.ids: list[str] = info["ids"]
         self.sources: list[str] = [info["sources"][i] for i in self._tensors["source"]]
-        self.lengths: np.ndarray = np.diff(self._tensors["residue_offsets"])
+        starts = self._tensors["residue_offsets"][:-1]
+        self.chain_counts: list[int] = (np.maximum.reduceat(self._tensors["chain_index"], starts) + 1).tolist()
 
     def __len__(self) -> int:
         return len(self.ids)
