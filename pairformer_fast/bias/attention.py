@@ -1,0 +1,146 @@
+"""Where the bias of every attention module becomes factors and the kernel takes them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pairformer_fast.bias.policy import Factorization, factorize
+from pairformer_fast.config import AttentionConfig, BiasMethod
+from pairformer_fast.kernels.flash_bias import flash_bias_attention
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """What one call did with its bias; one entry per head, the worst over the batch.
+
+    Attributes
+    ----------
+    name : str
+        Attention module.
+    choice : str
+        ``factors`` or ``dense``.
+    rank : tuple of int
+        Rank in use; N for a dense bias.
+    eps : tuple of float
+        Largest half range of the residual in a row (see :class:`~pairformer_fast.bias.certificate.Certificate`).
+    bound : tuple of float
+        tanh(eps / 2), guaranteed bound on the total variation of attention weights.
+    probed_mean, probed_max : tuple of float
+        Total variation measured on sampled queries.
+    """
+
+    name: str
+    choice: str
+    rank: tuple[int, ...]
+    eps: tuple[float, ...]
+    bound: tuple[float, ...]
+    probed_mean: tuple[float, ...]
+    probed_max: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, outcome: Factorization) -> BiasReport:
+        """Summary of a factorisation."""
+        if outcome.factors is None:
+            heads, tokens = outcome.bias.shape[1:3]
+            exact = (0.0,) * heads
+            return cls(name, "dense", (tokens,) * heads, exact, exact, exact, exact)
+        certificate, probed = outcome.factors.certificate, outcome.probed
+        per_head = (outcome.factors.rank, certificate.eps, certificate.bound, probed.mean, probed.max)
+        return cls(name, "factors", *(tuple(value.amax(0).tolist()) for value in per_head))
+
+
+class PairBiasAttention(nn.Module):
+    """Attention with a pair bias: parameter-free, the one door between a model and the kernels.
+
+    Parameters
+    ----------
+    name : str
+        Name in reports, such as ``blocks.3.tri_att_start``.
+
+    Attributes
+    ----------
+    config : AttentionConfig
+        How to compute; plain PyTorch with the dense bias unless set otherwise.
+    report : list of BiasReport
+        One entry per call in evaluation mode, until :meth:`reset`.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.config = AttentionConfig.reference()
+        self.report: list[BiasReport] = []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        q, k, v : Tensor
+            ``[B, I, N, H, D]`` or ``[B, N, H, D]``, q not scaled.
+        bias : Tensor
+            Dense additive logits ``[B, H, N, N]``.
+        mask : Tensor, optional
+            Bool ``[B, I, N]`` or ``[B, N]``, True = keep.
+
+        Returns
+        -------
+        Tensor
+            Shape of q.
+
+        Raises
+        ------
+        RuntimeError
+            If a gradient of the bias is wanted from a decomposition, which is not differentiated.
+        """
+        self._check_gradient(bias)
+        outcome = factorize(bias, self.config, q, k, mask)
+        if not self.training:
+            self.report.append(BiasReport.of(self.name, outcome))
+        return flash_bias_attention(q, k, v, outcome.for_attention, mask, self.config.backend)
+
+    def reset(self) -> None:
+        """Forget the reports."""
+        self.report.clear()
+
+    def _check_gradient(self, bias: Tensor) -> None:
+        if self.config.bias in (BiasMethod.SVD, BiasMethod.AUTO) and torch.is_grad_enabled() and bias.requires_grad:
+            raise RuntimeError(
+                f"{self.name}: bias method '{self.config.bias}' does not pass gradients to the bias; train with "
+                "AttentionConfig(bias='dense'), or run inference under torch.no_grad()"
+            )
+
+
+def set_attention(model: nn.Module, config: AttentionConfig) -> None:
+    """Set ``config`` on every :class:`PairBiasAttention` of ``model`` and clear its reports.
+
+    Raises
+    ------
+    ValueError
+        If the model has none.
+    """
+    for module in _attentions(model):
+        module.config = config
+        module.reset()
+
+
+def collect_reports(model: nn.Module) -> list[dict[str, Any]]:
+    """Reports of all calls since the last reset, as JSON-ready dictionaries in module order.
+
+    Raises
+    ------
+    ValueError
+        If the model has no :class:`PairBiasAttention`.
+    """
+    return [asdict(report) for module in _attentions(model) for report in module.report]
+
+
+def _attentions(model: nn.Module) -> list[PairBiasAttention]:
+    found = [module for module in model.modules() if isinstance(module, PairBiasAttention)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no PairBiasAttention to configure")
+    return found

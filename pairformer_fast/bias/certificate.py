@@ -1,0 +1,86 @@
+"""Guaranteed bound on what a factorised bias does to attention weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """How far the factors are from the bias, as softmax sees it.
+
+    Attributes
+    ----------
+    eps_row : Tensor
+        ``[B, H, N]`` fp64, half the range of ``bias - phi_q @ phi_k.mT`` along each row, over kept keys; zero for rows
+        of padding.
+    """
+
+    eps_row: Tensor
+
+    @property
+    def eps(self) -> Tensor:
+        """``[B, H]`` fp64, largest ``eps_row`` of each head."""
+        return self.eps_row.amax(-1)
+
+    @property
+    def bound(self) -> Tensor:
+        """``[B, H]`` fp64, tanh(eps / 2): no attention weights of the head differ by more in total variation."""
+        return torch.tanh(self.eps / 2)
+
+
+def kept_tokens(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """Tokens ``[B, N]`` that some row keeps as a key; the others are padding.
+
+    Parameters
+    ----------
+    mask : Tensor, optional
+        Bool ``[B, I, N]`` or ``[B, N]``, True = keep.
+    bias : Tensor
+        ``[B, H, N, N]``.
+    """
+    if mask is None:
+        return torch.ones(bias.shape[0], bias.shape[-1], dtype=torch.bool, device=bias.device)
+    return mask.any(1) if mask.ndim == 3 else mask
+
+
+def certify(bias: Tensor, phi_q: Tensor, phi_k: Tensor, mask: Tensor | None) -> Certificate:
+    r"""Bound the change of attention weights when ``bias`` is replaced by ``phi_q @ phi_k.mT``.
+
+    Let l be the logits of one query with the bias and l + d with the factors, so d = c + e with a constant c and
+    \|e\| <= eps, eps being half the range of d over kept keys. Softmax ignores c. For a set S of keys let p and p' be
+    its weights before and after. The odds p / (1 - p) are a ratio of sums of exponentials, each scaled by a factor
+    between exp(-eps) and exp(eps), hence they change by a factor of at most exp(2 eps). With log-odds x and
+    x + 2 eps, the gap sigmoid(x + 2 eps) - sigmoid(x) is largest at x = -eps, where it is
+    sigmoid(eps) - sigmoid(-eps) = tanh(eps / 2). Total variation is the largest gap over all sets S, so it is at most
+    tanh(eps / 2), and two keys with d = +-eps attain it. Dropping further keys in some row only narrows the range of
+    d: one certificate holds for every row of triangle attention.
+
+    Parameters
+    ----------
+    bias : Tensor
+        ``[B, H, N, N]``, finite where both tokens are kept.
+    phi_q, phi_k : Tensor
+        ``[B, H, N, R]``.
+    mask : Tensor, optional
+        Bool ``[B, I, N]`` or ``[B, N]``, True = keep. Tokens that no row keeps are padding: they count neither as
+        query nor as key.
+
+    Returns
+    -------
+    Certificate
+        Computed in fp64.
+    """
+    residual = torch.baddbmm(
+        bias.double().flatten(0, 1), phi_q.double().flatten(0, 1), phi_k.double().mT.flatten(0, 1), alpha=-1
+    ).view(bias.shape)
+    if mask is None:
+        return Certificate((residual.amax(-1) - residual.amin(-1)) / 2)
+    keep = kept_tokens(mask, bias)
+    dropped = ~keep[:, None, None, :]
+    highest = residual.masked_fill(dropped, -torch.inf).amax(-1)
+    lowest = residual.masked_fill(dropped, torch.inf).amin(-1)
+    return Certificate(((highest - lowest) / 2).masked_fill(~keep[:, None, :], 0))

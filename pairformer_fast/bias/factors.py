@@ -1,0 +1,28 @@
+"""Factors of a pair bias together with what is known about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pairformer_fast.bias.certificate import Certificate
+from pairformer_fast.kernels.flash_bias import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class BiasFactors(Factors):
+    """Low-rank pair bias, ``bias = phi_q @ phi_k.mT`` up to a constant per row.
+
+    Attributes
+    ----------
+    phi_q, phi_k : Tensor
+        ``[B, H, N, R]`` with R the largest rank; heads of lower rank have zero columns at the end.
+    rank : Tensor
+        ``[B, H]`` int64, number of columns in use (0 if the bias of a head is constant per row).
+    certificate : Certificate, optional
+        Bound on the change of the attention weights.
+    """
+
+    rank: Tensor
+    certificate: Certificate | None = None
