@@ -8,8 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pairformer_fast.bias import BiasFactors
     from pairformer_fast.config import AttentionConfig, ModelConfig
-    from pairformer_fast.kernels.flash_bias import BiasFactors, flash_bias_attention
+    from pairformer_fast.inference.compare import compare_structures
+    from pairformer_fast.inference.pipeline import fold
+    from pairformer_fast.inference.settings import FoldSettings
+    from pairformer_fast.kernels.flash_bias import flash_bias_attention
     from pairformer_fast.model.checkpoint import load_checkpoint
     from pairformer_fast.model.folding import FoldingModel
 
@@ -18,19 +22,25 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "BiasFactors",
+    "FoldSettings",
     "FoldingModel",
     "ModelConfig",
     "__version__",
+    "compare_structures",
     "flash_bias_attention",
+    "fold",
     "load_checkpoint",
 ]
 
 _MODULES = {
     "AttentionConfig": "config",
-    "BiasFactors": "kernels.flash_bias",
+    "BiasFactors": "bias",
+    "FoldSettings": "inference.settings",
     "FoldingModel": "model.folding",
     "ModelConfig": "config",
+    "compare_structures": "inference.compare",
     "flash_bias_attention": "kernels.flash_bias",
+    "fold": "inference.pipeline",
     "load_checkpoint": "model.checkpoint",
 }
 

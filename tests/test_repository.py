@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import pairformer_fast
+from pairformer_fast.training.settings import TrainConfig
 
 TOP_LEVEL = {
     *("pairformer_fast", "kernels", "configs", "data", "scripts", "tests"),
@@ -85,3 +86,10 @@ def test_data_is_not_ignored(repository: Path) -> None:
 def test_citation_has_the_version(repository: Path) -> None:
     citation = yaml.safe_load((repository / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == pairformer_fast.__version__
+
+
+def test_every_preset_is_valid(tracked_files: list[Path]) -> None:
+    presets = [file.stem for file in tracked_files if file.parts[0] == "configs" and file.suffix == ".yaml"]
+    assert presets
+    for preset in presets:
+        TrainConfig.from_yaml(preset)
