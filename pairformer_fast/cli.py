@@ -1,0 +1,235 @@
+"""Command line. Everything heavy is imported inside the commands, so that help and input errors come at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from pairformer_fast.config import BiasMethod
+from pairformer_fast.inference.errors import InputError
+from pairformer_fast.inference.settings import Attention, FoldSettings, Precision
+
+if TYPE_CHECKING:
+    from pairformer_fast.inference.compare import Comparison
+    from pairformer_fast.inference.regress import Regression
+    from pairformer_fast.inference.report import JobReport, RunReport
+
+FAILED, USER_ERROR = 1, 2
+
+app = typer.Typer(
+    name="pairformer-fast",
+    help="Fold proteins with an accelerated Pairformer and compare with its unaccelerated reference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Weights (safetensors). Bundled antibody weights if omitted.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pairformer-fast {version('pairformer_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fold(
+    fasta: Annotated[Path, typer.Argument(metavar="IN.fasta", help="One record a job; ':' joins chains.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
+    attention: Annotated[Attention, typer.Option(help="Path that predicts; auto is flashbias.")] = Attention.AUTO,
+    bias: Annotated[BiasMethod, typer.Option(help="What becomes of the pair bias.")] = BiasMethod.AUTO,
+    rank: Annotated[int | None, typer.Option(help="Fixed rank of the factors.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest change of attention weights, 0 to 1.")] = None,
+    device: DeviceOption = "auto",
+    precision: Annotated[Precision, typer.Option(help="auto: fp32 on a CPU, bf16 on CUDA.")] = Precision.AUTO,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    recycles: Annotated[int | None, typer.Option(help="Recycles; the checkpoint's default if omitted.")] = None,
+    compare: Annotated[
+        bool | None,
+        typer.Option(
+            "--compare/--no-compare", help="Predict with the reference, too, and compare.  [default: compare]"
+        ),
+    ] = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Fold every record of a FASTA file; write structures, comparison and run.json to OUT."""
+    settings = FoldSettings(
+        attention=attention,
+        bias=bias,
+        rank=rank,
+        tolerance=tolerance,
+        device=device,
+        precision=precision,
+        seed=seed,
+        recycles=recycles,
+        compare=compare,
+        checkpoint=checkpoint,
+    )
+    from pairformer_fast.inference.fasta import read_fasta
+
+    read_fasta(fasta)  # answers bad input before the model's libraries are imported
+    from rich.progress import Progress
+
+    from pairformer_fast.inference import pipeline
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        report = pipeline.fold(fasta, out, settings, progress)
+    Console().print(_fold_table(report))
+    for job in report.failed:
+        _complain(f"job {job.id} failed: {job.error}")
+    if report.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Structure to judge (PDB or mmCIF, also .gz).")],
+    b: Annotated[Path, typer.Argument(help="Structure to judge it against.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number as JSON.")] = False,
+) -> None:
+    """Compare two structures; chains are matched by sequence."""
+    from pairformer_fast.inference.compare import compare_structures
+
+    comparison = compare_structures(a, b)
+    if as_json:
+        typer.echo(comparison.model_dump_json(indent=1))
+    else:
+        Console().print(_comparison_table(comparison))
+
+
+@app.command()
+def regress(
+    golden: Annotated[Path | None, typer.Option(help="Folder with golden.fasta and <id>.cif; bundled.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the golden structures anew.")] = False,
+    shared_data: Annotated[Path | None, typer.Option(help="Folder with fv_crystal/: also check crystals.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")] = None,
+    device: DeviceOption = "auto",
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Check that the model still predicts its golden structures and that acceleration changes nothing."""
+    from pairformer_fast.inference import regress as regression
+    from pairformer_fast.inference.files import write_atomically
+
+    settings = FoldSettings(device=device, precision=Precision.FP32, checkpoint=checkpoint)
+    golden = regression.bundled_golden() if golden is None else golden
+    if update:
+        for path in regression.update_golden(golden, settings):
+            typer.echo(f"wrote {path}")
+    result = regression.regress(golden, settings, crystals=shared_data)
+    Console().print(_regression_table(result))
+    if json_file is not None:
+        write_atomically(json_file, result.model_dump_json(indent=2) + "\n")
+    if not result.passed:
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Run the command line; what the user can fix is one line on stderr and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:  # options that typer cannot parse
+        _complain(error.format_message())
+        sys.exit(USER_ERROR)
+    except ValidationError as error:
+        _complain("; ".join(_explain(detail) for detail in error.errors()))
+        sys.exit(USER_ERROR)
+    except (InputError, OSError) as error:
+        _complain(str(error))
+        sys.exit(USER_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        sys.exit(130)
+    sys.exit(status or 0)
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"pairformer-fast: {' '.join(message.split())}", err=True)
+
+
+def _explain(detail: Any) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"--{detail['loc'][0]}: {message}" if detail["loc"] else message
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _fold_table(report: RunReport) -> Table:
+    table = Table("job", title="accelerated against reference")
+    for name in ("residues", "CA RMSD (Å)", "lDDT-CA", "TM", "pLDDT", "flashbias (s)", "reference (s)", "speed-up"):
+        table.add_column(name, justify="right")
+    for job in report.jobs:
+        table.add_row(*_fold_row(job))
+    return table
+
+
+def _fold_row(job: JobReport) -> list[str]:
+    if job.status != "ok":
+        return [job.id, str(job.residues), job.status]
+    seconds = {name: path.seconds for name, path in job.paths.items()}
+    plddt = next(iter(job.paths.values())).mean_plddt
+    return [
+        job.id,
+        str(job.residues),
+        _number(job.ca_rmsd, 3),
+        _number(job.lddt_ca, 4),
+        _number(job.tm_score, 4),
+        _number(plddt, 1),
+        _number(seconds.get("flashbias"), 2),
+        _number(seconds.get("reference"), 2),
+        _number(job.speed_up, 2),
+    ]
+
+
+def _comparison_table(c: Comparison) -> Table:
+    table = Table("metric", title=f"{c.a} against {c.b}")
+    table.add_column("value", justify="right")
+    table.add_row("chains", ", ".join(f"{m.a}-{m.b} ({m.identity:.0%} identical)" for m in c.chains))
+    table.add_row("chains without partner", ", ".join(c.unmatched_a + c.unmatched_b) or "none")
+    table.add_row("residues compared", f"{c.residues} of {c.residues_a} and {c.residues_b}")
+    table.add_row("atoms compared", str(c.atoms))
+    for label, value, digits in [
+        ("CA RMSD (Å)", c.ca_rmsd, 3),
+        ("all-atom RMSD (Å)", c.all_atom_rmsd, 3),
+        ("lDDT-CA", c.lddt_ca, 4),
+        ("lDDT", c.lddt, 4),
+        ("TM-score", c.tm_score, 4),
+        ("GDT-TS", c.gdt_ts, 4),
+        ("GDT-HA", c.gdt_ha, 4),
+        ("mean pLDDT difference", c.plddt_difference, 2),
+    ]:
+        table.add_row(label, _number(value, digits) or "not available")
+    return table
+
+
+def _regression_table(result: Regression) -> Table:
+    table = Table("gate", "of", title="structure regression")
+    for name in ("measured", "limit", "verdict"):
+        table.add_column(name, justify="right")
+    for gate in result.gates:
+        limit = f"{'at most' if gate.upper else 'at least'} {gate.limit:g}"
+        table.add_row(gate.name, gate.subject, f"{gate.measured:.4f}", limit, "pass" if gate.passed else "FAIL")
+    for skipped in result.skipped:
+        table.add_row(skipped, "", "", "", "skipped")
+    return table

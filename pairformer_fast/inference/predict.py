@@ -1,0 +1,139 @@
+"""A loaded model, and one measured prediction at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pairformer_fast import bias as pair_bias
+from pairformer_fast.config import AttentionConfig, ModelConfig
+from pairformer_fast.features import Prediction, TokenFeatures
+from pairformer_fast.inference.errors import InputError
+from pairformer_fast.inference.fasta import Job
+from pairformer_fast.inference.measure import Usage, measure
+from pairformer_fast.inference.settings import FoldSettings, Precision
+from pairformer_fast.model import checkpoint
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """A prediction (on the CPU), what it cost, and what became of every pair bias on the way."""
+
+    prediction: Prediction
+    usage: Usage
+    reports: list[dict]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Device of a setting; ``auto`` takes a GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        If CUDA is asked for and that GPU does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu or auto")
+    return device
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """``auto`` is bf16 on CUDA and fp32 elsewhere."""
+    if precision is Precision.AUTO:
+        return Precision.BF16 if device.type == "cuda" else Precision.FP32
+    return precision
+
+
+def resolve_checkpoint(path: Path | None) -> Path:
+    """Path of the weights to use.
+
+    Raises
+    ------
+    InputError
+        If there is no such file.
+    """
+    chosen = checkpoint.default_checkpoint() if path is None else path
+    if not chosen.is_file():
+        hint = "this installation lacks its weights; pass --checkpoint FILE" if path is None else "no such file"
+        raise InputError(f"checkpoint {chosen}: {hint}")
+    return chosen
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Dimensions and domain of a model from its file's header; the weights are not read.
+
+    Raises
+    ------
+    InputError
+        If the file is no checkpoint of this package.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return ModelConfig.model_validate_json((file.metadata() or {})["config"])
+    except (SafetensorError, KeyError, ValidationError):
+        raise InputError(f"checkpoint {path}: not a safetensors file written by pairformer_fast") from None
+
+
+class Predictor:
+    """A model on its device.
+
+    Parameters
+    ----------
+    settings : FoldSettings
+        Device, precision, seed, recycles and checkpoint are taken from here.
+
+    Raises
+    ------
+    InputError
+        If the device or the checkpoint does not exist or does not load.
+    """
+
+    def __init__(self, settings: FoldSettings) -> None:
+        self.device = resolve_device(settings.device)
+        self.precision = resolve_precision(settings.precision, self.device)
+        self.checkpoint = resolve_checkpoint(settings.checkpoint)
+        try:
+            model = checkpoint.load_checkpoint(self.checkpoint)
+        except checkpoint.CheckpointError as error:
+            raise InputError(" ".join(str(error).split())) from error
+        self.model = model.to(self.device).eval()
+        self.recycles = model.config.recycles if settings.recycles is None else settings.recycles
+        self.seed = settings.seed
+
+    def predict(self, job: Job, attention: AttentionConfig) -> PathResult:
+        """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.
+
+        Parameters
+        ----------
+        job : Job
+            The chains.
+        attention : AttentionConfig
+            How attention with a pair bias is computed.
+        """
+        features = TokenFeatures.from_chains([chain.sequence for chain in job.chains]).to(self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.BF16)
+        with torch.inference_mode(), autocast:
+            if self.device.type == "cuda":
+                pair_bias.set_attention(self.model, attention)
+                self.model(features, 0)
+            pair_bias.set_attention(self.model, attention)
+            torch.manual_seed(self.seed)
+            with measure(self.device) as usage:
+                prediction = self.model(features, self.recycles)
+        return PathResult(
+            Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)}),
+            usage,
+            pair_bias.collect_reports(self.model),
+        )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu()

@@ -1,0 +1,167 @@
+"""What a run reports: ``run.json`` and, per job, ``<id>_comparison.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from pairformer_fast.config import AttentionConfig, Frozen
+from pairformer_fast.inference.compare import Comparison
+from pairformer_fast.inference.fasta import Job
+from pairformer_fast.inference.predict import PathResult, Predictor
+from pairformer_fast.inference.settings import FoldSettings
+
+ACCELERATED, REFERENCE = "flashbias", "reference"
+
+
+class PathReport(Frozen):
+    """One path of one job.
+
+    Attributes
+    ----------
+    seconds : float
+        Wall time of the model.
+    peak_bytes : int or None
+        Above what was in use before, see :class:`~pairformer_fast.inference.measure.Usage`.
+    mean_plddt : float
+        0 to 100.
+    factors, dense : int
+        Calls of attention that took factors and that took the dense bias.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    mean_plddt: float
+    factors: int
+    dense: int
+
+    @classmethod
+    def of(cls, result: PathResult) -> PathReport:
+        """Summary of a prediction."""
+        choices = [report["choice"] for report in result.reports]
+        return cls(
+            seconds=result.usage.seconds,
+            peak_bytes=result.usage.peak_bytes,
+            mean_plddt=result.prediction.plddt.mean().item(),
+            factors=choices.count("factors"),
+            dense=choices.count("dense"),
+        )
+
+
+class JobReport(Frozen):
+    """Outcome of a job; the metrics are those of the accelerated structure against the reference's."""
+
+    id: str
+    chains: list[str]
+    residues: int
+    status: Literal["pending", "ok", "failed"] = "pending"
+    error: str | None = None
+    paths: dict[str, PathReport] = Field(default_factory=dict)
+    speed_up: float | None = None
+    ca_rmsd: float | None = None
+    all_atom_rmsd: float | None = None
+    lddt_ca: float | None = None
+    tm_score: float | None = None
+
+    @classmethod
+    def pending(cls, job: Job) -> JobReport:
+        """Before the job has run."""
+        return cls(id=job.id, chains=[chain.name for chain in job.chains], residues=job.length)
+
+    def failed(self, error: Exception) -> JobReport:
+        """After it broke."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return self.model_copy(update={"status": "failed", "error": reason})
+
+    def finished(self, results: dict[str, PathResult], comparison: Comparison | None) -> JobReport:
+        """After it has run."""
+        update: dict[str, Any] = {"status": "ok", "paths": {name: PathReport.of(r) for name, r in results.items()}}
+        if comparison is not None:
+            seconds = {name: result.usage.seconds for name, result in results.items()}
+            update["speed_up"] = seconds[REFERENCE] / seconds[ACCELERATED]
+            for name in ("ca_rmsd", "all_atom_rmsd", "lddt_ca", "tm_score"):
+                update[name] = getattr(comparison, name)
+        return self.model_copy(update=update)
+
+
+class RunReport(Frozen):
+    """What ``run.json`` holds.
+
+    Attributes
+    ----------
+    versions, machine : dict[str, str]
+        Software and hardware.
+    settings : dict[str, Any]
+        As asked for.
+    chosen : dict[str, Any]
+        What ``auto`` and omitted settings became; which bias each call of attention took is in the jobs.
+    checkpoint : dict[str, str]
+        File name and SHA-256 of the weights.
+    jobs : list[JobReport]
+        In the order of the FASTA file.
+    """
+
+    versions: dict[str, str]
+    machine: dict[str, str]
+    settings: dict[str, Any]
+    chosen: dict[str, Any]
+    checkpoint: dict[str, str]
+    jobs: list[JobReport]
+
+    @classmethod
+    def start(
+        cls, jobs: list[Job], settings: FoldSettings, predictor: Predictor, paths: dict[str, AttentionConfig]
+    ) -> RunReport:
+        """Before the first job has run."""
+        packages = ("pairformer_fast", "torch", "numpy", "biotite", "tmtools")
+        return cls(
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            machine=_machine(predictor.device),
+            settings=settings.model_dump(mode="json"),
+            chosen={
+                "device": str(predictor.device),
+                "precision": predictor.precision.value,
+                "recycles": predictor.recycles,
+                "paths": {name: attention.model_dump(mode="json") for name, attention in paths.items()},
+            },
+            checkpoint={"name": predictor.checkpoint.name, "sha256": _sha256(predictor.checkpoint)},
+            jobs=[JobReport.pending(job) for job in jobs],
+        )
+
+    def with_job(self, report: JobReport) -> RunReport:
+        """Copy in which ``report`` replaces that of the same job."""
+        return self.model_copy(update={"jobs": [report if job.id == report.id else job for job in self.jobs]})
+
+    @property
+    def failed(self) -> list[JobReport]:
+        """Jobs that did not finish."""
+        return [job for job in self.jobs if job.status == "failed"]
+
+
+def comparison_json(job: Job, results: dict[str, PathResult], comparison: Comparison) -> str:
+    """Metrics, cost of each path, and rank, eps and probed error of every call of attention, per head."""
+    content = {
+        "id": job.id,
+        **comparison.model_dump(mode="json"),
+        "paths": {name: PathReport.of(result).model_dump(mode="json") for name, result in results.items()},
+        "speed_up": results[REFERENCE].usage.seconds / results[ACCELERATED].usage.seconds,
+        "bias": results[ACCELERATED].reports,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"system": platform.platform(), "device": name, "cpu_threads": str(torch.get_num_threads())}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,98 @@
+"""What a user may ask of a folding run; contradictory requests are refused on construction."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from pairformer_fast.config import AttentionConfig, BiasMethod, Frozen
+
+
+class Attention(StrEnum):
+    """Which path predicts: ``flashbias`` is the accelerated one, ``auto`` takes it."""
+
+    AUTO = "auto"
+    FLASHBIAS = "flashbias"
+    REFERENCE = "reference"
+
+
+class Precision(StrEnum):
+    """``auto`` is fp32 on a CPU and bf16 (autocast) on CUDA. Both paths of a comparison run in the same precision."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class FoldSettings(Frozen):
+    """Settings of :func:`pairformer_fast.inference.pipeline.fold`.
+
+    Attributes
+    ----------
+    attention : Attention
+        ``reference`` runs the unaccelerated model only.
+    bias : BiasMethod
+        How the accelerated path represents the pair bias.
+    rank : int, optional
+        Fixed rank of the factors; excludes ``tolerance``.
+    tolerance : float, optional
+        See :class:`~pairformer_fast.config.AttentionConfig`, whose default holds if omitted.
+    device : str
+        ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:INDEX``.
+    precision : Precision
+        Of both paths.
+    seed : int
+        Seeds torch before each prediction.
+    recycles : int, optional
+        The checkpoint's default if omitted.
+    compare : bool, optional
+        Also predict with the reference and compare. By default yes, unless ``attention`` is ``reference``.
+    checkpoint : Path, optional
+        Weights; the bundled ones if omitted.
+    """
+
+    attention: Attention = Attention.AUTO
+    bias: BiasMethod = BiasMethod.AUTO
+    rank: int | None = Field(default=None, ge=1)
+    tolerance: float | None = Field(default=None, gt=0, le=1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    precision: Precision = Precision.AUTO
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    recycles: int | None = Field(default=None, ge=0)
+    compare: bool | None = None
+    checkpoint: Path | None = None
+
+    @model_validator(mode="after")
+    def _without_contradiction(self) -> FoldSettings:
+        factors = {"rank": self.rank, "tolerance": self.tolerance}
+        given = [name for name, value in factors.items() if value is not None]
+        if len(given) == 2:
+            raise ValueError("rank and tolerance exclude each other: give one of them")
+        if self.bias is BiasMethod.DENSE and given:
+            raise ValueError(f"{given[0]} is for factors, but bias is dense: drop {given[0]} or choose bias svd")
+        if self.attention is Attention.REFERENCE:
+            if self.bias not in (BiasMethod.AUTO, BiasMethod.DENSE):
+                raise ValueError(
+                    f"attention reference uses the dense bias: drop bias {self.bias} or choose attention flashbias"
+                )
+            if given:
+                raise ValueError(f"attention reference has no factors: drop {given[0]} or choose attention flashbias")
+            if self.compare:
+                raise ValueError("attention reference leaves nothing to compare: drop compare or choose flashbias")
+        return self
+
+    @property
+    def accelerated(self) -> AttentionConfig | None:
+        """Attention of the accelerated path; None if only the reference runs."""
+        if self.attention is Attention.REFERENCE:
+            return None
+        chosen = {} if self.tolerance is None else {"tolerance": self.tolerance}
+        return AttentionConfig(bias=self.bias, rank=self.rank, **chosen)
+
+    @property
+    def reference(self) -> AttentionConfig | None:
+        """Attention of the reference path; None if it does not run."""
+        runs = self.attention is Attention.REFERENCE or self.compare is not False
+        return AttentionConfig.reference() if runs else None
