@@ -92,7 +92,8 @@ def fold(
 
     from pairformer_fast.inference import pipeline
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         report = pipeline.fold(fasta, out, settings, progress)
     Console().print(_fold_table(report))
     for job in report.failed:

@@ -1,0 +1,166 @@
+# ruff: noqa: F401, F811 (fixtures are imported by name)
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pairformer_fast import cli
+from pairformer_fast.features import TokenFeatures
+from pairformer_fast.inference import regress
+from pairformer_fast.inference.writer import write_mmcif
+
+from .inference.conftest import fake_model, fasta
+from .inference.fakes import helix, make_job
+
+ONE = "MKTAYIAKQRQISFVKSHFSRQDEERLGLIEVQ"
+
+
+def run_process(*args, cwd):
+    command = [sys.executable, "-c", "from pairformer_fast.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"NO_COLOR": "1"})
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: exit status, stdout and stderr."""
+
+    def _run(*args):
+        monkeypatch.setattr(sys, "argv", ["pairformer-fast", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as info:
+            cli.main()
+        return info.value.code, *capsys.readouterr()
+
+    return _run
+
+
+def test_version_and_help(run):
+    status, out, _ = run("--version")
+    assert status == 0
+    assert out.startswith("pairformer-fast 0.")
+    status, out, _ = run("fold", "--help")
+    assert status == 0
+    for option in ("attention", "bias", "rank", "tolerance", "device", "precision", "seed", "recycles", "checkpoint"):
+        assert f"--{option}" in out
+    assert "--no-compare" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (">a\nACD\nEXG\n", "record 'a', line 3"),
+        ("ACD\n", "line 1"),
+        ("", "empty"),
+        (">a\nACD\n>../../x\nACD\n", "line 3"),
+        (">a\nACD\n>a\nACD\n", "record 'a', line 3"),
+    ],
+    ids=["letter", "no-record", "empty", "path", "duplicate"],
+)
+def test_bad_fasta_is_one_line_status_2_and_nothing_is_written(tmp_path, text, where):
+    (tmp_path / "in.fasta").write_text(text)
+    done = run_process("fold", "in.fasta", "out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert where in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["in.fasta"]
+
+
+def test_help_and_bad_fasta_do_not_import_torch(tmp_path):
+    (tmp_path / "in.fasta").write_text(">a\nAC1\n")
+    code = (
+        "import sys\nfrom pairformer_fast.cli import main\ntry:\n main()\nexcept SystemExit as e:\n"
+        " print(e.code, 'torch' in sys.modules)"
+    )
+    for args, status in ([["--help"], 0], [["fold", "in.fasta", "out"], 2]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.splitlines()[-1] == f"{status} False"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "4", "--tolerance", "0.1"], "exclude each other"),
+        (["--bias", "dense", "--rank", "4"], "bias is dense"),
+        (["--attention", "reference", "--bias", "svd"], "dense bias"),
+        (["--attention", "reference", "--compare"], "nothing to compare"),
+        (["--tolerance", "2"], "--tolerance: Input should be less than or equal to 1"),
+        (["--device", "tpu"], "--device"),
+        (["--bias", "magic"], "magic"),
+        (["--rank", "x"], "--rank"),
+        (["--nonsense"], "--nonsense"),
+        (["--checkpoint", "nope.safetensors"], "no such file"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(fake_model, run, fasta, tmp_path, options, message):
+    status, out, err = run("fold", fasta(f">a\n{ONE}\n"), tmp_path / "out", *options)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_arguments_and_unknown_commands(run):
+    for args in (["fold"], ["fold", "x"], ["unfold"], ["compare", "a.pdb"]):
+        status, _, err = run(*args)
+        assert (status, err.count("\n")) == (2, 1)
+
+
+def test_fold_prints_a_table_and_writes_files(fake_model, run, fasta, tmp_path):
+    status, out, _ = run("fold", fasta(f">fv|H\n{ONE}\n>fv|L\nACDE\n>x\n{ONE}\n"), tmp_path / "out")
+    assert status == 0
+    rows = [line for line in out.splitlines() if "fv" in line or " x " in line]
+    assert [" 37 " in rows[0], " 33 " in rows[1]] == [True, True]
+    assert "speed-up" in out
+    assert (tmp_path / "out" / "fv" / "fv_comparison.json").is_file()
+
+
+def test_partial_failure_is_status_1_and_names_the_job(fake_model, run, fasta, tmp_path):
+    status, out, err = run("fold", fasta(f">bad\nWWWAC\n>good\n{ONE}\n"), tmp_path / "out")
+    assert status == 1
+    assert "job bad failed: the fake model broke" in err
+    assert "failed" in out
+    assert sorted(os.listdir(tmp_path / "out")) == ["good", "run.json"]
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name, shift in [("a", 0.0), ("b", 1.0)]:
+        prediction = helix(TokenFeatures.from_chains([ONE]))
+        prediction.atom14[0, :5] += shift
+        write_mmcif(tmp_path / f"{name}.cif", make_job(ONE), prediction, "")
+    return tmp_path / "a.cif", tmp_path / "b.cif"
+
+
+def test_compare_prints_a_table_or_json(run, two_files):
+    status, out, _ = run("compare", *two_files)
+    assert status == 0
+    assert "GDT-HA" in out
+    status, out, _ = run("compare", *two_files, "--json")
+    content = json.loads(out)
+    assert status == 0
+    assert 0.3 < content["ca_rmsd"] < 1.7
+    assert len(content["per_residue"]) == len(ONE)
+
+
+def test_compare_explains_unreadable_files(run, tmp_path, two_files):
+    status, _, err = run("compare", tmp_path / "nope.pdb", two_files[0])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "nope.pdb: no such file" in err
+
+
+def test_regress_updates_passes_and_fails(fake_model, run, tmp_path, monkeypatch):
+    golden = tmp_path / "golden"
+    golden.mkdir()
+    status, _, err = run("regress", "--golden", golden)
+    assert (status, "golden.fasta: no such file" in err) == (2, True)
+    (golden / "golden.fasta").write_text(f">g\n{ONE}\n")
+    status, out, _ = run("regress", "--golden", golden, "--update", "--json", tmp_path / "r.json")
+    assert status == 0
+    assert "pass" in out
+    assert "skipped" in out
+    assert json.loads((tmp_path / "r.json").read_text())["passed"] is True
+    monkeypatch.setattr(regress, "ACCELERATED_CA_RMSD", 1e-6)
+    status, out, _ = run("regress", "--golden", golden)
+    assert (status, "FAIL" in out) == (1, True)
