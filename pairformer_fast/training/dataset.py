@@ -113,7 +113,7 @@ class AntibodyDataset(Dataset):
         Returns
         -------
         dict of Tensor
-            ``aatype``, ``residue_index``, ``chain_index``, ``cdr`` ``[N]`` int64, ``atom14`` ``[N, 14, 3]`` float32 (Å),
+            ``aatype``, ``residue_index``, ``chain_index``, ``cdr`` ``[N]`` int64; ``atom14`` ``[N, 14, 3]`` float32, Å;
             ``atom14_mask`` ``[N, 14]`` bool, ``weight`` scalar float32.
         """
         structure = self._shard[key.index if isinstance(key, Draw) else key]
@@ -192,7 +192,7 @@ class MixtureSampler(Sampler[list[Draw]]):
         source_weights: Mapping[str, float],
         batch_size: int,
         seed: int = 0,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation = Augmentation(),
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,

@@ -12,6 +12,7 @@ import numpy as np
 
 from pairformer_fast.inference.antibody import check_variable_domain
 from pairformer_fast.model.residue import ATOM14, RESTYPES
+from pairformer_fast.training.idealize import idealize_backbones
 from pairformer_fast.training.leakage import HeavyChain, check_leakage, find_leaks
 from pairformer_fast.training.quality import keep_sound
 from pairformer_fast.training.shards import Shard, Structure, shard_path, write_shard
@@ -144,7 +145,7 @@ def _predicted_pairs(
     pairs, leaks = _without_leaks(domains, held_out)
     dropped |= leaks
     kept = []
-    for pair, structure in zip(pairs, predict(pairs), strict=True):
+    for pair, structure in zip(pairs, idealize_backbones(predict(pairs)), strict=True):
         sound, problem = keep_sound(structure)
         if sound is None:
             dropped[problem] = dropped.get(problem, 0) + 1

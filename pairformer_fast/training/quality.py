@@ -11,13 +11,13 @@ from pairformer_fast.training.shards import Structure
 PEPTIDE_BOND = 1.33
 """Length of the C-N bond between residues, Å (Engh and Huber 1991)."""
 
-PEPTIDE_DEVIATION = 0.4
+PEPTIDE_DEVIATION = 0.15
 """Largest accepted deviation of a predicted peptide bond, Å."""
 
 MAX_BROKEN = 0.1
 """Largest accepted share of residues at a broken peptide bond."""
 
-CHAIN_BREAK = 2.5
+CHAIN_BREAK = 2.0
 """C-N distance from which a chain counts as torn, Å."""
 
 CLASH = 3.0
