@@ -150,8 +150,9 @@ def _read_text(path: Path) -> str:
 def _split_id(record: _Record) -> tuple[str, str | None]:
     if not record.id:
         raise record.error("the record has no id; write one right after '>'")
-    stem, bar, tag = record.id.rpartition("|")
-    job_id, tag = (stem, tag) if bar and tag in _PAIR_TAGS else (record.id, None)
+    stem, bar, end = record.id.rpartition("|")
+    paired = bool(bar) and end in _PAIR_TAGS
+    job_id = stem if paired else record.id
     if not _SAFE_ID.fullmatch(job_id):
         shown = job_id if len(job_id) <= 40 else f"{job_id[:40]}..."
         raise InputError(
@@ -160,7 +161,7 @@ def _split_id(record: _Record) -> tuple[str, str | None]:
         )
     if job_id.lower() in _RESERVED:
         raise record.error(f"the id '{job_id}' is the name of an output file; choose another")
-    return job_id, tag
+    return job_id, end if paired else None
 
 
 def _chains(record: _Record, tag: str | None) -> list[Chain]:

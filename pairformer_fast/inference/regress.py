@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
@@ -35,7 +36,7 @@ class Gate(Frozen):
     limit: float
     upper: bool = True
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether the value is within the limit; NaN is not."""
@@ -69,7 +70,7 @@ class Regression(Frozen):
     crystals: list[CrystalAccuracy]
     skipped: list[str]
 
-    @computed_field
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether every gate passed."""
@@ -158,7 +159,9 @@ def _write(path: Path, job: Job, result: PathResult) -> Path:
 
 
 def _fold_both(job: Job, predictor: Predictor, settings: FoldSettings, folder: Path) -> Iterator[Path]:
-    for name, attention in (("reference", AttentionConfig.reference()), ("accelerated", settings.accelerated)):
+    for name, attention in (("reference", settings.reference), ("accelerated", settings.accelerated)):
+        if attention is None:
+            raise InputError(f"regress needs both paths, but the settings leave out the {name} one")
         yield _write(folder / f"{job.id}_{name}.cif", job, predictor.predict(job, attention))
 
 
@@ -168,7 +171,6 @@ def _golden_gates(job: Job, golden: Path, predictor: Predictor, settings: FoldSe
     if not _complete(reproduced, job):
         raise InputError(f"{golden / job.id}.cif is not of the sequence in golden.fasta; make it with --update")
     moved = compare_structures(accelerated, reference)
-    lddt_ca = float("nan") if moved.lddt_ca is None else moved.lddt_ca
     return [
         Gate(
             name="reference to golden, CA RMSD (Å)", subject=job.id, measured=reproduced.ca_rmsd, limit=GOLDEN_CA_RMSD
@@ -188,11 +190,15 @@ def _golden_gates(job: Job, golden: Path, predictor: Predictor, settings: FoldSe
         Gate(
             name="accelerated to reference, lDDT-CA",
             subject=job.id,
-            measured=lddt_ca,
+            measured=_lddt_ca(moved),
             limit=ACCELERATED_LDDT_CA,
             upper=False,
         ),
     ]
+
+
+def _lddt_ca(comparison: Comparison) -> float:
+    return math.nan if comparison.lddt_ca is None else comparison.lddt_ca
 
 
 def _complete(comparison: Comparison, job: Job) -> bool:
@@ -207,8 +213,8 @@ def _accuracy(job: Job, crystals: Path, predictor: Predictor, settings: FoldSett
     )
     return CrystalAccuracy(
         id=job.id,
-        reference_lddt_ca=reference.lddt_ca,
-        accelerated_lddt_ca=accelerated.lddt_ca,
+        reference_lddt_ca=_lddt_ca(reference),
+        accelerated_lddt_ca=_lddt_ca(accelerated),
         reference_ca_rmsd=reference.ca_rmsd,
         accelerated_ca_rmsd=accelerated.ca_rmsd,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from pairformer_fast.config import AttentionConfig, BiasMethod, Frozen
+from pairformer_fast.config import DEFAULT_TOLERANCE, AttentionConfig, BiasMethod, Frozen
 
 
 class Attention(StrEnum):
@@ -88,8 +88,8 @@ class FoldSettings(Frozen):
         """Attention of the accelerated path; None if only the reference runs."""
         if self.attention is Attention.REFERENCE:
             return None
-        chosen = {} if self.tolerance is None else {"tolerance": self.tolerance}
-        return AttentionConfig(bias=self.bias, rank=self.rank, **chosen)
+        tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+        return AttentionConfig(bias=self.bias, rank=self.rank, tolerance=tolerance)
 
     @property
     def reference(self) -> AttentionConfig | None:
