@@ -125,8 +125,8 @@ def _check_bias_shape(tables: dict[str, Tensor], q: Tensor) -> None:
     for name, table in tables.items():
         if name == "bias":
             if table.shape != (batch, heads, tokens, tokens):
-                want = [batch, heads, tokens, tokens]
-                raise ValueError(f"bias must be [B, H, N, N] = {want} for this q, but got {list(table.shape)}")
+                square = [batch, heads, tokens, tokens]
+                raise ValueError(f"bias must be [B, H, N, N] = {square} for this q, but got {list(table.shape)}")
         elif table.ndim != 4 or table.shape[:3] != (batch, heads, tokens) or table.shape[3] == 0:
             want = f"[{batch}, {heads}, {tokens}, R >= 1]"
             raise ValueError(f"{name} must be [B, H, N, R] = {want} for this q, but got {list(table.shape)}")

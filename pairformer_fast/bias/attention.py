@@ -44,12 +44,12 @@ class BiasReport:
     @classmethod
     def of(cls, name: str, outcome: Factorization) -> BiasReport:
         """Summary of a factorisation."""
-        if outcome.factors is None:
+        factors, probed = outcome.factors, outcome.probed
+        if factors is None or probed is None:
             heads, tokens = outcome.bias.shape[1:3]
             exact = (0.0,) * heads
             return cls(name, "dense", (tokens,) * heads, exact, exact, exact, exact)
-        certificate, probed = outcome.factors.certificate, outcome.probed
-        per_head = (outcome.factors.rank, certificate.eps, certificate.bound, probed.mean, probed.max)
+        per_head = (factors.rank, factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
         return cls(name, "factors", *(tuple(value.amax(0).tolist()) for value in per_head))
 
 

@@ -20,9 +20,9 @@ class BiasFactors(Factors):
         ``[B, H, N, R]`` with R the largest rank; heads of lower rank have zero columns at the end.
     rank : Tensor
         ``[B, H]`` int64, number of columns in use (0 if the bias of a head is constant per row).
-    certificate : Certificate, optional
+    certificate : Certificate
         Bound on the change of the attention weights.
     """
 
     rank: Tensor
-    certificate: Certificate | None = None
+    certificate: Certificate

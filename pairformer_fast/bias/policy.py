@@ -40,7 +40,7 @@ class Factorization:
     factors : BiasFactors, optional
         What replaces it; None if the dense bias was kept.
     probed : ProbedError, optional
-        Measured error of the factors.
+        Measured error of the factors; None without them.
     """
 
     bias: Tensor
@@ -100,9 +100,10 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
     if config.bias is BiasMethod.SVD:
         rank = _svd_rank(spectrum, config, error, tokens)
     else:
-        rank = _paying_rank(spectrum, config, error, tokens)
-        if rank is None:
+        paying = _paying_rank(spectrum, config, error, tokens)
+        if paying is None:
             return Factorization(bias)
+        rank = paying
 
     phi_q, phi_k = spectrum.truncate(rank)
     certificate = certify(bias, phi_q, phi_k, mask)
