@@ -159,6 +159,8 @@ def find_domain(codes: np.ndarray, profile: Profile) -> Hit:
         total = score + window[np.arange(places), choice]
     starts = [int(total.argmax())]
     best = float(total[starts[0]])
+    if best == -np.inf:
+        return Hit(best, (), profile)
     for previous in reversed(choices):
         starts.append(int(previous[starts[-1]]))
     return Hit(best, tuple(start - MISSING_START for start in reversed(starts)), profile)
@@ -187,20 +189,29 @@ def check_variable_domain(sequence: str) -> DomainCheck:
         return DomainCheck(
             False, None, "", f"{len(sequence)} residues are too few for a variable domain (at least {MIN_LENGTH})"
         )
-    hit = best_hit(sequence)
-    if hit.score < load_profiles()[1]:
+    hits = _domains(sequence, 0)
+    if not hits:
         return DomainCheck(False, None, "", "no antibody variable domain found; these weights fold VH, VHH and VL only")
+    (start, end, hit), *others = hits
     kind = hit.profile.chain_type
-    start, end = max(hit.span[0], 0), min(hit.span[1], len(sequence))
-    found = f"residues {start + 1}-{end} look like a {_CHAIN_NAMES[kind]}-chain variable domain"
-    if any(_has_domain(rest) for rest in (sequence[:start], sequence[end:])):
+    if others:
+        spans = " and ".join(f"residues {a + 1}-{b} ({_CHAIN_NAMES[h.profile.chain_type]})" for a, b, h in hits)
         return DomainCheck(
-            False, kind, "", f"more than one variable domain in one chain: {found}; split the domains with ':'"
+            False, kind, "", f"{spans} look like variable domains; give them as separate chains, joined by ':'"
         )
+    found = f"residues {start + 1}-{end} look like a {_CHAIN_NAMES[kind]}-chain variable domain"
     if start > EXTRA_START or len(sequence) - end > EXTRA_END:
         return DomainCheck(False, kind, "", f"{found}; trim the rest")
     return DomainCheck(True, kind, hit.annotate(len(sequence)), found)
 
 
-def _has_domain(sequence: str) -> bool:
-    return len(sequence) >= MIN_LENGTH and best_hit(sequence).score >= load_profiles()[1]
+def _domains(sequence: str, offset: int) -> list[tuple[int, int, Hit]]:
+    """All variable domains in order: first residue, one past the last (both from ``offset``), placement."""
+    if len(sequence) < MIN_LENGTH:
+        return []
+    hit = best_hit(sequence)
+    if hit.score < load_profiles()[1]:
+        return []
+    start, end = max(hit.span[0], 0), min(hit.span[1], len(sequence))
+    before, after = _domains(sequence[:start], offset), _domains(sequence[end:], offset + end)
+    return [*before, (offset + start, offset + end, hit), *after]
