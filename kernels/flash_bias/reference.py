@@ -21,12 +21,10 @@ def attention(
     step = rows
     if not torch.is_grad_enabled():
         step = max(1, SLAB_BYTES // (batch * heads * tokens * tokens * dtype.itemsize))
-    slabs = [
-        _attend(
-            *(x[:, i : i + step].to(dtype) for x in (q, k, v)), bias, None if mask is None else mask[:, i : i + step]
-        )
-        for i in range(0, rows, step)
-    ]
+    slabs = []
+    for i in range(0, rows, step):
+        of_q, of_k, of_v = (x[:, i : i + step].to(dtype) for x in (q, k, v))
+        slabs.append(_attend(of_q, of_k, of_v, bias, None if mask is None else mask[:, i : i + step]))
     return torch.cat(slabs, dim=1).to(q.dtype)
 
 

@@ -28,22 +28,22 @@ def attention(
     batch, rows, _, _, dim = q.shape
     if bias is not None and batch > 1 and rows > 1:
         # One table per batch entry is broadcast over the rows; a batch of tables would have to be copied per row.
-        single = [
-            attention(*(x[b : b + 1] for x in (q, k, v, bias)), None, None if mask is None else mask[b : b + 1])
-            for b in range(batch)
-        ]
-        return torch.cat(single)
+        masks = [None] * batch if mask is None else mask.split(1)
+        entries = zip(q.split(1), k.split(1), v.split(1), bias.split(1), masks, strict=True)
+        return torch.cat([attention(q, k, v, bias, None, mask) for q, k, v, bias, mask in entries])
     if mask is not None and mask.device.type == "cpu" and mask.all():
         mask = None
 
     columns = []
-    table = bias
+    # Biases come as permuted views of the pair representation; CUDA's fused kernels want unit strides along the keys.
+    table = None if bias is None else bias.contiguous()
     if factors is not None:
-        columns.append(tuple(_as_columns(phi, rows) for phi in factors))
+        phi_q, phi_k = factors
+        columns.append((_as_columns(phi_q, rows), _as_columns(phi_k, rows)))
     if mask is not None:
-        if bias is not None and _same_keys(mask):
-            table = bias.masked_fill(~mask.any(1)[:, None, None, :], _never(q.dtype))
-        elif bias is None and factors is None:
+        if table is not None and _same_keys(mask):
+            table = table.masked_fill(~mask.any(1)[:, None, None, :], _never(q.dtype))
+        elif table is None and factors is None:
             table = _penalty(mask, q.dtype).flatten(0, 1)[:, None, None, :]
         else:
             columns.append(_mask_columns(mask, q))
@@ -52,9 +52,8 @@ def attention(
     if columns:
         q, k, v = _append(q * scale, k, v, columns)
         scale = 1.0
-    out = F.scaled_dot_product_attention(
-        *(x.flatten(0, 1).transpose(1, 2) for x in (q, k, v)), attn_mask=table, scale=scale
-    )
+    q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=table, scale=scale)
     out = out.transpose(1, 2)[..., :dim].unflatten(0, (batch, rows))
     return out if mask is None else out.masked_fill(~mask.any(-1)[:, :, None, None, None], 0)
 

@@ -123,7 +123,7 @@ def set_attention(model: nn.Module, config: AttentionConfig) -> None:
     ValueError
         If the model has none.
     """
-    for module in _attentions(model):
+    for module in _attentions(model).values():
         module.config = config
         module.reset()
 
@@ -131,16 +131,20 @@ def set_attention(model: nn.Module, config: AttentionConfig) -> None:
 def collect_reports(model: nn.Module) -> list[dict[str, Any]]:
     """Reports of all calls since the last reset, as JSON-ready dictionaries in module order.
 
+    Beside the fields of :class:`BiasReport` each has ``module``, the path of the attention module within the model.
+
     Raises
     ------
     ValueError
         If the model has no :class:`PairBiasAttention`.
     """
-    return [asdict(report) for module in _attentions(model) for report in module.report]
+    return [
+        {"module": path, **asdict(report)} for path, module in _attentions(model).items() for report in module.report
+    ]
 
 
-def _attentions(model: nn.Module) -> list[PairBiasAttention]:
-    found = [module for module in model.modules() if isinstance(module, PairBiasAttention)]
+def _attentions(model: nn.Module) -> dict[str, PairBiasAttention]:
+    found = {path: module for path, module in model.named_modules() if isinstance(module, PairBiasAttention)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no PairBiasAttention to configure")
     return found

@@ -88,6 +88,11 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
         )
     _check_finite(bias, kept_tokens(mask, bias))
 
+    with torch.autocast(bias.device.type, enabled=False):
+        return _decomposed(bias, config, q, k, mask)
+
+
+def _decomposed(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask: Tensor | None) -> Factorization:
     spectrum = decompose(bias, mask)
     probe = Probe(q, k, bias, mask)
 

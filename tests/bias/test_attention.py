@@ -67,6 +67,7 @@ def test_reports_are_collected_as_json_and_cleared():
     model.first(*inputs)
     reports = collect_reports(model)
     assert [report["name"] for report in reports] == ["first", "first", "second"]
+    assert [report["module"] for report in reports] == ["first", "first", "block.1"]
     assert json.loads(json.dumps(reports))[2]["rank"] == [1, 1, 1]
 
     set_attention(model, AttentionConfig.reference())

@@ -142,3 +142,14 @@ def test_factors_keep_the_dtype_of_the_bias():
     )
     factors = factorize(bias, AttentionConfig(bias="svd", rank=4), q, k, None).factors
     assert factors.phi_q.dtype == factors.phi_k.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_autocast_does_not_lower_precision(certified):
+    bias, (q, k, _) = graded_bias(), make_qkv(1, 63, 63, 3, 8)
+    config = AttentionConfig(bias="svd", tolerance=0.05, certified=certified)
+    want = factorize(bias, config, q, k, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = factorize(bias, config, q, k, None)
+    assert torch.equal(got.factors.phi_q, want.factors.phi_q)
+    assert torch.equal(got.probed.mean, want.probed.mean)
