@@ -151,7 +151,8 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except typer.TyperException as error:  # options that typer cannot parse
-        _complain(error.format_message())
+        if error.format_message():  # empty where the help was shown for want of a command
+            _complain(error.format_message())
         sys.exit(USER_ERROR)
     except ValidationError as error:
         _complain("; ".join(_explain(detail) for detail in error.errors()))
@@ -180,12 +181,12 @@ def _number(value: float | None, digits: int) -> str:
 
 def _fold_table(report: RunReport) -> Table:
     table = Table(
-        "job",
         box=box.SIMPLE_HEAD,
         title="accelerated structure against the reference's",
-        caption="RMSD of CA in Å, lDDT of CA, pLDDT of the accelerated; seconds of flashbias and of reference",
+        caption="N residues; RMSD of CA in Å; lDDT of CA; pLDDT of the accelerated structure; seconds of both paths",
     )
-    for name in ("residues", "RMSD", "lDDT", "TM", "pLDDT", "flashbias", "reference", "speed-up"):
+    table.add_column("job", overflow="fold")
+    for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "fast", "ref.", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:
         table.add_row(*_fold_row(job))

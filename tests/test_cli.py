@@ -3,8 +3,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from pairformer_fast import cli
 from pairformer_fast.features import TokenFeatures
@@ -99,6 +101,20 @@ def test_bad_options_are_one_line_and_status_2(fake_model, run, fasta, tmp_path,
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_command_shows_the_help_and_nothing_else(run):
+    status, out, err = run()
+    assert (status, err) == (2, "")
+    assert "regress" in out
+
+
+def test_table_keeps_ids_and_numbers_within_80_columns(fake_model, run, fasta, tmp_path, monkeypatch):
+    name = "a_rather_long_identifier.v2"
+    monkeypatch.setattr(cli, "Console", partial(Console, width=80))
+    _, out, _ = run("fold", fasta(f">{name}\n{ONE}\n"), tmp_path / "out")
+    assert "…" not in out
+    assert name in "".join(line.split()[0] for line in out.splitlines() if line.split() and line.split()[0] in name)
 
 
 def test_missing_arguments_and_unknown_commands(run):
