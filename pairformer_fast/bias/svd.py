@@ -57,7 +57,8 @@ def decompose(bias: Tensor, mask: Tensor | None) -> Spectrum:
 
     Up to fp32 the right singular vectors are the eigenvectors of the Gram matrix in fp64, whose squared condition fp64
     can bear, and the left ones the projections on them: as accurate as ``torch.linalg.svd`` in fp32, and somewhat
-    faster on several CPU cores. An fp64 bias goes to ``torch.linalg.svd``. Singular values within rounding of zero do not count towards the rank.
+    faster on several CPU cores. An fp64 bias goes to ``torch.linalg.svd``.
+    Singular values within rounding of zero do not count towards the rank.
 
     Parameters
     ----------
