@@ -2,7 +2,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help fold test gpu-test lint format typecheck benchmark clean
+.PHONY: help fold test gpu-test lint format typecheck clean
 
 # One PyTorch build for everybody: predictions are compared with stored structures, and other builds round differently.
 TORCH ?= torch==2.13.0
@@ -12,9 +12,8 @@ PYTHON ?=
 IN ?= data/examples/trastuzumab.fasta
 OUT ?= out/example
 ARGS ?=
-# make test, make gpu-test: further arguments of pytest. make benchmark: the suite.
+# make test, make gpu-test: further arguments of pytest.
 TESTS ?=
-SUITE ?= attention
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,7 +22,7 @@ CODE := pairformer_fast kernels configs data scripts tests
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo 'Variables: IN= OUT= ARGS= (fold), TESTS= (test, gpu-test), SUITE= (benchmark), PYTHON= TORCH= (environment)'
+	@echo 'Variables: IN= OUT= ARGS= (fold), TESTS= (test, gpu-test), PYTHON= TORCH= (environment)'
 
 fold: .venv/.installed ## Install, then fold the bundled antibody (IN=, OUT=, ARGS=)
 	$(BIN)/pairformer-fast fold "$(IN)" "$(OUT)" $(ARGS)
@@ -50,9 +49,6 @@ typecheck: .venv/.installed-dev ## Check types
 	cp -R pairformer_fast build/typecheck/
 	cp -R kernels configs data build/typecheck/pairformer_fast/
 	$(BIN)/mypy build/typecheck/pairformer_fast
-
-benchmark: .venv/.installed ## Measure a suite and write data/benchmarks/ (SUITE=)
-	$(BIN)/python scripts/benchmark.py $(SUITE)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf .venv build dist out .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
