@@ -17,6 +17,9 @@ from pairformer_fast.model.residue import ATOM14, THREE_LETTER
 
 GLOBAL_PLDDT, LOCAL_PLDDT = 1, 2
 
+# biotite writes values that start like this unquoted, and readers take them for syntax.
+_CIF_WORDS = ("data_", "save_", "loop_", "stop_", "global_")
+
 
 def write_mmcif(path: str | Path, job: Job, prediction: Prediction, title: str) -> None:
     """Write a prediction as mmCIF, atomically.
@@ -42,10 +45,11 @@ def write_mmcif(path: str | Path, job: Job, prediction: Prediction, title: str) 
         If the prediction does not belong to the job or has coordinates or confidences that are not finite.
     """
     atoms = to_atoms(job, prediction)
+    entry = f"_{job.id}" if job.id.lower().startswith(_CIF_WORDS) else job.id
     file = pdbx.CIFFile()
-    block = file[job.id] = pdbx.CIFBlock()
-    block["entry"] = pdbx.CIFCategory({"id": job.id})
-    block["struct"] = pdbx.CIFCategory({"entry_id": job.id, "title": title})
+    block = file[entry] = pdbx.CIFBlock()
+    block["entry"] = pdbx.CIFCategory({"id": entry})
+    block["struct"] = pdbx.CIFCategory({"entry_id": entry, "title": title})
     block["audit_conform"] = pdbx.CIFCategory({"dict_name": "mmcif_ma.dic", "dict_version": "1.4.6"})
     _describe_software(block)
     _describe_polymers(block, job)
@@ -123,7 +127,7 @@ def _describe_polymers(block: pdbx.CIFBlock, job: Job) -> None:
             "id": ids,
             "type": ["polymer"] * len(ids),
             "src_method": ["man"] * len(ids),
-            "pdbx_description": [members(s)[0].record for s in sequences],
+            "pdbx_description": [f"record {members(s)[0].record}" for s in sequences],
             "pdbx_number_of_molecules": [len(members(s)) for s in sequences],
         }
     )

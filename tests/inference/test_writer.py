@@ -58,6 +58,18 @@ def test_gemmi_reads_chains_sequences_and_quality(written):
     )
 
 
+@pytest.mark.parametrize("name", ["_x", "data_1", "loop_", "save_a", "global_", "stop_", "1e5", "x.-_"])
+def test_ids_that_mean_something_in_cif_are_read_back(tmp_path, name):
+    path = tmp_path / "x.cif"
+    write_mmcif(path, make_job("GA", name=name), helix(TokenFeatures.from_chains(["GA"])), "_title")
+    block = gemmi.cif.read(str(path)).sole_block()
+    assert block.name.removeprefix("_") == name.removeprefix("_")
+    assert gemmi.cif.as_string(block.find_value("_entry.id")) == block.name
+    assert gemmi.cif.as_string(block.find_value("_entity.pdbx_description")) == f"record {name}|A"
+    assert gemmi.cif.as_string(block.find_value("_struct.title")) == "_title"
+    assert len(pdbx.get_structure(pdbx.CIFFile.read(path), model=1)) == 9
+
+
 def test_single_residue_of_a_single_chain(tmp_path):
     write_mmcif(tmp_path / "g.cif", make_job("G"), helix(TokenFeatures.from_chains(["G"])), "glycine")
     assert len(gemmi.read_structure(str(tmp_path / "g.cif"))[0]["A"][0]) == 4
