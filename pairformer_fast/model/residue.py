@@ -7,13 +7,9 @@ RESTYPES = "ARNDCQEGHILKMFPSTWYV"
 
 UNKNOWN = len(RESTYPES)
 
-THREE_LETTER = dict(
-    zip(
-        RESTYPES,
-        ["ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE", "LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL"],
-        strict=True,
-    )
-)
+_NAMES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL"
+
+THREE_LETTER = dict(zip(RESTYPES, _NAMES.split(), strict=True))
 
 BACKBONE = ("N", "CA", "C", "O")
 

@@ -1,0 +1,83 @@
+"""Weights on disk: one safetensors file with the model's dimensions in its header."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pairformer_fast.config import ModelConfig
+from pairformer_fast.model.folding import FoldingModel
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of this package; the message says why."""
+
+
+def default_checkpoint() -> Path:
+    """Path of the bundled antibody weights."""
+    return Path(str(resources.files("pairformer_fast.data") / "weights" / "antibody.safetensors"))
+
+
+def save_checkpoint(model: FoldingModel, path: str | Path, metadata: dict[str, object]) -> None:
+    """Write weights in bf16, whole or not at all.
+
+    Parameters
+    ----------
+    model : FoldingModel
+        Its parameters and dimensions are written.
+    path : path
+        Target; its folder must exist.
+    metadata : dict
+        JSON-ready facts about the training.
+    """
+    path = Path(path)
+    tensors = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()
+    }
+    header = {"config": model.config.model_dump_json(), "metadata": json.dumps(metadata)}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        save_file(tensors, file, header)
+        os.replace(file, path)
+
+
+def load_checkpoint(path: str | Path) -> FoldingModel:
+    """Model in fp32 and ``eval()`` mode from a file that :func:`save_checkpoint` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    CheckpointError
+        If the file is no safetensors file, lacks the model's dimensions or does not fit them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        model = FoldingModel(ModelConfig.model_validate_json(header["config"]))
+        model.load_state_dict(tensors)
+    except KeyError:
+        raise CheckpointError(
+            f"{path} has no model configuration in its header: write it with save_checkpoint"
+        ) from None
+    except (SafetensorError, ValidationError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of this package: {error}") from error
+    return model.eval()
+
+
+def checkpoint_metadata(path: str | Path) -> dict[str, object]:
+    """Facts about the training that :func:`save_checkpoint` stored."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("metadata", "{}"))

@@ -1,0 +1,96 @@
+"""Building blocks shared by the modules of the Pairformer; names and initialisation follow OpenFold3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def linear(c_in: int, c_out: int, *, bias: bool = False, init: str = "default") -> nn.Linear:
+    """Linear layer with one of AlphaFold's initialisations.
+
+    Parameters
+    ----------
+    c_in, c_out : int
+        Channels.
+    bias : bool
+        Whether the layer has an offset.
+    init : {"default", "relu", "glorot", "gating", "final"}
+        ``default`` is LeCun normal, ``relu`` He normal, ``gating`` weights 0 and offset 1, ``final`` all 0.
+    """
+    layer = nn.Linear(c_in, c_out, bias=bias)
+    with torch.no_grad():
+        if layer.bias is not None:
+            layer.bias.fill_(1.0 if init == "gating" else 0.0)
+        match init:
+            case "default":
+                nn.init.trunc_normal_(layer.weight, std=c_in**-0.5)
+            case "relu":
+                nn.init.trunc_normal_(layer.weight, std=(2 / c_in) ** 0.5)
+            case "glorot":
+                nn.init.xavier_uniform_(layer.weight)
+            case "gating" | "final":
+                layer.weight.zero_()
+            case _:
+                raise ValueError(f"unknown init {init!r}")
+    return layer
+
+
+class SharedDropout(nn.Module):
+    """Dropout whose mask is shared along one axis of the pair representation (AF3 Algorithm 17).
+
+    Parameters
+    ----------
+    rate : float
+        Probability of zeroing.
+    shared_dim : int
+        Axis that shares the mask: -3 for row-wise, -2 for column-wise dropout.
+    """
+
+    def __init__(self, rate: float, shared_dim: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.shared_dim = shared_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero and rescale ``x [..., N, N, C]`` in training, identity otherwise."""
+        if not self.training or self.rate == 0:
+            return x
+        shape = list(x.shape)
+        shape[self.shared_dim] = 1
+        return x * nn.functional.dropout(x.new_ones(shape), self.rate)
+
+
+class SwiGLU(nn.Module):
+    """swish(linear_a(x)) * linear_b(x)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear_a = linear(c_in, c_out, init="relu")
+        self.linear_b = linear(c_in, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., c_in]`` to ``[..., c_out]``."""
+        return nn.functional.silu(self.linear_a(x)) * self.linear_b(x)
+
+
+class Transition(nn.Module):
+    """Layer norm, SwiGLU, projection (AF3 Algorithm 11).
+
+    Parameters
+    ----------
+    c : int
+        Channels of input and output.
+    n : int
+        Widening factor of the hidden layer.
+    """
+
+    def __init__(self, c: int, n: int) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(c)
+        self.swiglu = SwiGLU(c, n * c)
+        self.linear_out = linear(n * c, c, init="final")
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Update of ``x [..., C]``; zero where the bool ``mask [...]`` is False."""
+        return self.linear_out(self.swiglu(self.layer_norm(x))) * mask[..., None]

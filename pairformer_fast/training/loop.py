@@ -1,0 +1,222 @@
+"""One training run: one process a GPU, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from pairformer_fast.model.checkpoint import save_checkpoint
+from pairformer_fast.model.folding import FoldingModel
+from pairformer_fast.training.dataset import AntibodyDataset, Augmentation, Batch, MixtureSampler, collate
+from pairformer_fast.training.evaluate import evaluate
+from pairformer_fast.training.losses import compute_losses
+from pairformer_fast.training.settings import TrainConfig, TrainSettings
+
+STATE_FILE = "state.pt"
+LOG_FILE = "log.jsonl"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class LossModel(nn.Module):
+    """Model and losses in one forward, as DistributedDataParallel wants it."""
+
+    def __init__(self, model: FoldingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, recycles: int) -> dict[str, Tensor]:
+        """All losses of a batch; see :func:`compute_losses`."""
+        output = self.model.run(batch.features, recycles)
+        return compute_losses(output, batch, self.model.structure_module.all_atom)
+
+
+@dataclass
+class Run:
+    """Everything that a resumed run needs to go on as if it had not stopped."""
+
+    model: FoldingModel
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the state whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Read what :meth:`save` wrote."""
+        state = torch.load(path, map_location=device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None = None) -> bool:
+    """Train, or go on with the run in ``folder``.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Model and settings.
+    data : Path
+        Shards that ``scripts/prepare_antibody_data.py`` wrote.
+    folder : Path
+        State, log and weights; made if needed.
+    minutes : float, optional
+        Stop after so long, with the state saved.
+
+    Returns
+    -------
+    bool
+        Whether the last step was reached.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return _train(config, data, folder, minutes, device, rank, world)
+    finally:
+        if world > 1:
+            distributed.destroy_process_group()
+
+
+def _train(
+    config: TrainConfig, data: Path, folder: Path, minutes: float | None, device: torch.device, rank: int, world: int
+) -> bool:
+    settings = config.train
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    torch.manual_seed(settings.seed)
+    model = FoldingModel(config.model).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    run = Run(model, average, optimizer)
+    if (folder / STATE_FILE).is_file():
+        run.load(folder / STATE_FILE, device)
+    before = run.seconds
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        for block in model.pairformer_stack.blocks:
+            block.compile(dynamic=True)
+    wrapped: nn.Module = LossModel(model)
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+    dataset = AntibodyDataset(data, "train")
+    augmentation = Augmentation(settings.heavy_only, settings.light_only, settings.swapped)
+    sampler = MixtureSampler(
+        dataset, settings.mixture, settings.batch_size, settings.seed, augmentation, rank, world, start=run.step
+    )
+    batches = DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, multiple=16), num_workers=1)
+    with _progress(rank) as progress:
+        task = progress.add_task("training", total=settings.steps, completed=run.step, loss="")
+        for batch in itertools.islice(batches, settings.steps - run.step):
+            losses = _step(run, wrapped, batch.to(device), settings, rank)
+            run.step += 1
+            run.seconds = before + time.monotonic() - started
+            out_of_time = _agree(minutes is not None and time.monotonic() - started > 60 * minutes, device, world)
+            if run.step % settings.log_every == 0:
+                numbers = {name: round(float(value.detach()), 4) for name, value in losses.items()}
+                progress.update(task, completed=run.step, loss=f"loss {numbers['total']:.3f}")
+                if rank == 0:
+                    _log(folder, {"step": run.step, "seconds": round(run.seconds, 1), "gpus": world, **numbers})
+            if rank == 0 and (out_of_time or run.step % settings.save_every == 0 or run.step == settings.steps):
+                run.save(folder / STATE_FILE)
+            if out_of_time:
+                break
+    if rank == 0:
+        _finish(run, config, data, folder, device, world)
+    return run.step >= settings.steps
+
+
+def _step(run: Run, wrapped: nn.Module, batch: Batch, settings: TrainSettings, rank: int) -> dict[str, Tensor]:
+    """One optimiser step. Noise depends on the seed, the step and the rank only, so a resumed run repeats it."""
+    device = batch.weight.device
+    torch.manual_seed(settings.seed * 1_000_003 + run.step * 1009 + rank)
+    recycles = int(torch.randint(settings.max_recycles + 1, (), generator=torch.Generator().manual_seed(run.step)))
+    for group in run.optimizer.param_groups:
+        group["lr"] = settings.learning_rate * schedule(run.step, settings)
+    run.model.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        losses = wrapped(batch, recycles)
+    run.optimizer.zero_grad(set_to_none=True)
+    losses["total"].backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.gradient_norm)
+    if norm.isfinite():
+        run.optimizer.step()
+        run.average.update_parameters(run.model)
+    return {**losses, "gradient_norm": norm}
+
+
+def schedule(step: int, settings: TrainSettings) -> float:
+    """Share of the peak learning rate: linear warm-up, constant, linear fall to zero."""
+    warm = min(1.0, (step + 1) / max(settings.warmup, 1))
+    done = step / settings.steps
+    return warm * min(1.0, (1 - done) / max(1 - settings.decay_from, 1e-9))
+
+
+def _agree(stop: bool, device: torch.device, world: int) -> bool:
+    """Whether any process wants to stop."""
+    if world == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=device)
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _finish(run: Run, config: TrainConfig, data: Path, folder: Path, device: torch.device, world: int) -> None:
+    """Write the averaged weights and measure them on the hold-outs."""
+    torch.set_float32_matmul_precision("highest")
+    model: FoldingModel = run.average.module.eval()
+    facts: dict[str, Any] = {
+        "step": run.step,
+        "seconds": round(run.seconds, 1),
+        "gpus": world,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "train": config.train.model_dump(),
+    }
+    save_checkpoint(model, folder / WEIGHTS_FILE, facts)
+    results = {split: evaluate(model, AntibodyDataset(data, split), device).summary() for split in ("val", "crystal")}
+    _log(folder, {**facts, "evaluation": results})
+    Console(stderr=True).print_json(data=results)
+
+
+def _log(folder: Path, row: dict[str, Any]) -> None:
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _progress(rank: int) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), disable=rank != 0)

@@ -1,0 +1,218 @@
+"""Losses on frames, atoms, torsions, distances and confidence (AF2 supplement 1.9, AF3 Algorithm 27)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pairformer_fast.features import TokenFeatures
+from pairformer_fast.model.all_atom import AllAtom
+from pairformer_fast.model.folding import ModelOutput
+from pairformer_fast.model.heads import PAE_LARGEST
+from pairformer_fast.model.rigid import EPSILON, Rigid, normalize
+from pairformer_fast.model.structure_module import torsion_norm
+from pairformer_fast.training.dataset import Batch
+
+WEIGHTS = {
+    "fape_backbone": 1.0,
+    "fape_atoms": 1.0,
+    "torsion": 0.5,
+    "lddt": 1.0,
+    "distogram": 0.3,
+    "peptide": 0.2,
+    "plddt": 0.02,
+    "pae": 0.02,
+}
+"""Weight of each term in the total loss."""
+
+CLAMP_WITHIN, CLAMP_BETWEEN = 10.0, 30.0
+"""Largest FAPE error (Å) inside a chain and between chains."""
+LDDT_RADIUS = 15.0
+LDDT_THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
+DISTOGRAM_RANGE = (2.0, 22.0)
+PEPTIDE_LENGTH = 1.329
+PEPTIDE_COS_CA_C_N, PEPTIDE_COS_C_N_CA = -0.4473, -0.5203
+"""Engh and Huber: C-N in Å, cosines of the angles CA-C-N (116.6 degrees) and C-N-CA (121.4 degrees)."""
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each structure ``[B]`` over the entries of ``x [B, ...]`` that ``mask [B, ...]`` keeps."""
+    mask = mask.expand_as(x).to(x.dtype).flatten(1)
+    return (x.flatten(1) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> dict[str, Tensor]:
+    """Every term, weighted by the structures' weights and averaged; ``total`` is their weighted sum.
+
+    Parameters
+    ----------
+    output : ModelOutput
+        From the last pass of the model.
+    batch : Batch
+        Features and target coordinates (Å).
+    all_atom : AllAtom
+        Ideal geometry.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Scalars.
+    """
+    features, structure = batch.features, output.structure
+    target, known = _rename_symmetric(structure.frames[-1], structure.atom14, batch, all_atom)
+    frame_mask = known[:, :, :3].all(-1)
+    frames = Rigid.from_backbone(*(target[:, :, i] for i in range(3)))
+    ca, ca_known = target[:, :, 1], known[:, :, 1]
+
+    per_block = [fape(f, frames, frame_mask, f.trans, ca, ca_known, features.chain_index) for f in structure.frames]
+    lddt = lddt_ca(structure.atom14[:, :, 1].detach(), ca, ca_known)
+    terms = {
+        "fape_backbone": torch.stack(per_block).mean(0),
+        "fape_atoms": fape(
+            structure.frames[-1], frames, frame_mask, structure.atom14.flatten(1, 2), target.flatten(1, 2),
+            known.flatten(1, 2), features.chain_index,
+        ),
+        "torsion": torsion_loss(structure.torsions, target, known, features.aatype, all_atom),
+        "lddt": 1 - smooth_lddt(structure.atom14[:, :, 1], ca, ca_known),
+        "distogram": distogram_loss(output.distogram, target, frame_mask),
+        "peptide": peptide_loss(structure.atom14, features),
+        "plddt": binned_loss(output.plddt, lddt, 1.0, ca_known),
+        "pae": pae_loss(output.pae, structure.frames[-1], frames, frame_mask, ca, ca_known),
+    }  # fmt: skip
+    weight = batch.weight / batch.weight.sum()
+    means = {name: (term * weight).sum() for name, term in terms.items()}
+    means["total"] = sum((WEIGHTS[name] * term for name, term in means.items()), torch.zeros_like(weight[0]))
+    means["lddt_ca"] = (masked_mean(lddt, ca_known) * weight).sum()
+    return means
+
+
+def fape(
+    frames: Rigid, target_frames: Rigid, frame_mask: Tensor, x: Tensor, target: Tensor, mask: Tensor, chain: Tensor
+) -> Tensor:
+    """Frame-aligned point error (AF2 Algorithm 28), clamped at 10 Å in a chain and 30 Å between chains.
+
+    Parameters
+    ----------
+    frames, target_frames : Rigid
+        ``[B, N]``, Å.
+    frame_mask : Tensor
+        ``[B, N]`` bool.
+    x, target : Tensor
+        ``[B, M, 3]`` Å, where M is N times the atoms of a residue.
+    mask : Tensor
+        ``[B, M]`` bool.
+    chain : Tensor
+        ``[B, N]`` chain of each residue.
+
+    Returns
+    -------
+    Tensor
+        ``[B]``, errors over 10 Å.
+    """
+    error = ((frames.see(x) - target_frames.see(target)).square().sum(-1) + EPSILON).sqrt()
+    point_chain = chain.repeat_interleave(x.shape[1] // chain.shape[1], dim=1)
+    same = chain[:, :, None] == point_chain[:, None, :]
+    clamp = torch.where(same, CLAMP_WITHIN, CLAMP_BETWEEN).to(error.dtype)
+    return masked_mean(torch.minimum(error, clamp), frame_mask[:, :, None] & mask[:, None, :]) / CLAMP_WITHIN
+
+
+def torsion_loss(torsions: list[Tensor], target: Tensor, known: Tensor, aatype: Tensor, all_atom: AllAtom) -> Tensor:
+    """Squared chord between torsions, the nearer of two where a half turn changes nothing (AF2 Algorithm 27)."""
+    wanted, mask = all_atom.torsions(target, known, aatype)
+    half_turn = torch.where(all_atom.torsion_pi_periodic[aatype][..., None], -wanted, wanted)
+    total = torch.zeros(target.shape[0], device=target.device)
+    for predicted in torsions:
+        unit = normalize(predicted)
+        chord = torch.minimum((unit - wanted).square().sum(-1), (unit - half_turn).square().sum(-1))
+        total = total + masked_mean(chord, mask) + 0.02 * masked_mean((torsion_norm(predicted) - 1).abs(), mask)
+    return total / len(torsions)
+
+
+def _lddt_pairs(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    distances = torch.cdist(target, target)
+    near = (distances < LDDT_RADIUS) & mask[:, :, None] & mask[:, None, :]
+    diagonal = torch.eye(target.shape[1], dtype=torch.bool, device=target.device)
+    return distances, near & ~diagonal
+
+
+def lddt_ca(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """lDDT of each residue, ``[B, N]`` from 0 to 1, for CA coordinates ``[B, N, 3]`` (Å) and ``mask [B, N]``."""
+    distances, pairs = _lddt_pairs(target, mask)
+    error = (torch.cdist(x, x) - distances).abs()
+    kept = torch.stack([error < t for t in LDDT_THRESHOLDS]).float().mean(0)
+    return (kept * pairs).sum(-1) / pairs.sum(-1).clamp(min=1)
+
+
+def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """lDDT with sigmoids for steps (AF3 Algorithm 27), one value per structure ``[B]``."""
+    distances, pairs = _lddt_pairs(target, mask)
+    difference = x[:, :, None] - x[:, None, :]
+    error = ((difference.square().sum(-1) + EPSILON).sqrt() - distances).abs()
+    kept = torch.stack([torch.sigmoid(t - error) for t in LDDT_THRESHOLDS]).mean(0)
+    return masked_mean(kept, pairs)
+
+
+def distogram_loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of binned CB distances; CB is built from the backbone, so every residue has one."""
+    cb = virtual_cb(target)
+    edges = torch.linspace(*DISTOGRAM_RANGE, logits.shape[-1] - 1, device=logits.device)
+    bins = torch.bucketize(torch.cdist(cb, cb), edges)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 2), bins.flatten(), reduction="none")
+    return masked_mean(loss.view_as(bins), mask[:, :, None] & mask[:, None, :])
+
+
+def virtual_cb(atom14: Tensor) -> Tensor:
+    """CB position ``[B, N, 3]`` (Å) by tetrahedral geometry from N, CA and C of ``atom14 [B, N, 14, 3]``."""
+    n, ca, c = (atom14[:, :, i] for i in range(3))
+    bisector = normalize(normalize(ca - n) + normalize(ca - c))
+    normal = normalize(torch.linalg.cross(n - ca, c - ca))
+    return ca + 1.53 * (0.5774 * bisector + 0.8165 * normal)
+
+
+def peptide_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
+    """Deviation of peptide bonds (Å) and of the cosines of their two angles from ideal values, ``[B]``."""
+    chain, index, mask = features.chain_index, features.residue_index, features.mask
+    bonded = (chain[:, 1:] == chain[:, :-1]) & (index[:, 1:] == index[:, :-1] + 1) & mask[:, 1:] & mask[:, :-1]
+    ca, c = atom14[:, :-1, 1], atom14[:, :-1, 2]
+    n, next_ca = atom14[:, 1:, 0], atom14[:, 1:, 1]
+    length = ((n - c).square().sum(-1) + EPSILON).sqrt()
+    cos_c = (normalize(ca - c) * normalize(n - c)).sum(-1)
+    cos_n = (normalize(c - n) * normalize(next_ca - n)).sum(-1)
+    deviation = (length - PEPTIDE_LENGTH).abs() + (cos_c - PEPTIDE_COS_CA_C_N).abs()
+    return masked_mean(deviation + (cos_n - PEPTIDE_COS_C_N_CA).abs(), bonded)
+
+
+def binned_loss(logits: Tensor, value: Tensor, largest: float, mask: Tensor) -> Tensor:
+    """Cross-entropy of a value binned equally from 0 to ``largest``; ``logits`` has one axis more than ``value``."""
+    count = logits.shape[-1]
+    bins = (value * (count / largest)).long().clamp(0, count - 1)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, -2), bins.flatten(), reduction="none")
+    return masked_mean(loss.view_as(bins), mask)
+
+
+def pae_loss(
+    logits: Tensor, frames: Rigid, target_frames: Rigid, frame_mask: Tensor, ca: Tensor, mask: Tensor
+) -> Tensor:
+    """Cross-entropy of the error of CA j in frame i (Å)."""
+    with torch.no_grad():
+        error = (frames.see(frames.trans) - target_frames.see(ca)).norm(dim=-1)
+    return binned_loss(logits, error, PAE_LARGEST, frame_mask[:, :, None] & mask[:, None, :])
+
+
+def _rename_symmetric(frames: Rigid, atom14: Tensor, batch: Batch, all_atom: AllAtom) -> tuple[Tensor, Tensor]:
+    """Target coordinates and mask with symmetric atoms named as in the prediction, residue by residue.
+
+    Of both namings the one that is nearer in the local frame of the residue is taken.
+    """
+    with torch.no_grad():
+        target, known = batch.atom14, batch.atom14_mask
+        swap = all_atom.symmetric_swap[batch.features.aatype]
+        swapped = target.gather(2, swap[..., None].expand_as(target))
+        swapped_known = known.gather(2, swap)
+        target_frames = Rigid.from_backbone(*(target[:, :, i] for i in range(3))).unsqueeze()
+        local = frames.unsqueeze().invert_apply(atom14)
+        both = known & swapped_known
+        as_is = ((local - target_frames.invert_apply(target)).square().sum(-1) * both).sum(-1)
+        renamed = ((local - target_frames.invert_apply(swapped)).square().sum(-1) * both).sum(-1)
+        better = (renamed < as_is)[..., None]
+        return torch.where(better[..., None], swapped, target), torch.where(better, swapped_known, known)

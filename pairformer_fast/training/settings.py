@@ -1,0 +1,47 @@
+"""Settings of a training run, read from a preset of ``configs/``."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pairformer_fast.config import Frozen, ModelConfig
+
+
+class TrainSettings(Frozen):
+    """Optimisation and data mixture.
+
+    Attributes
+    ----------
+    steps : int
+        Length of the run; the learning rate falls to zero over it.
+    batch_size : int
+        Structures a step and GPU.
+    mixture : dict
+        Relative share of each data source.
+    heavy_only, light_only, swapped : float
+        Share of the Fv of which only one domain is shown, or the light chain first.
+    """
+
+    seed: int = 0
+    steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: int = Field(default=500, ge=0)
+    decay_from: float = Field(default=0.6, ge=0, le=1, description="share of the steps before the rate falls")
+    weight_decay: float = Field(default=0.01, ge=0)
+    gradient_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    max_recycles: int = Field(default=2, ge=0)
+    mixture: dict[str, float] = Field(default={"sabdab": 0.4, "covabdab": 0.6})
+    heavy_only: float = Field(default=0.1, ge=0, le=1)
+    light_only: float = Field(default=0.2, ge=0, le=1)
+    swapped: float = Field(default=0.1, ge=0, le=1)
+    log_every: int = Field(default=50, ge=1)
+    save_every: int = Field(default=500, ge=1)
+
+
+class TrainConfig(Frozen):
+    """A preset: dimensions of the model and settings of the run."""
+
+    model: ModelConfig
+    train: TrainSettings = TrainSettings()

@@ -1,0 +1,29 @@
+"""Train a folding model, or go on with a run that stopped; several GPUs through torchrun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pairformer_fast.training.loop import train
+from pairformer_fast.training.settings import TrainConfig
+
+
+def main(
+    config: Annotated[str, typer.Option(help="Preset of configs/ by name, or a YAML file.")] = "antibody",
+    data: Annotated[Path, typer.Option(help="Shards of scripts/prepare_antibody_data.py.")] = Path("runs/data"),
+    run: Annotated[Path, typer.Option(help="Folder of state, log and weights.")] = Path("runs/antibody"),
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+) -> None:
+    """Train until the last step of the preset."""
+    try:
+        done = train(TrainConfig.from_yaml(config), data, run, minutes)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    print(f"{'finished' if done else 'stopped early, run the same command to go on'}: {run}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

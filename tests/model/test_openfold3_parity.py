@@ -1,0 +1,87 @@
+"""A Pairformer block with OpenFold3's weights computes what OpenFold3's block computes."""
+
+import pytest
+import torch
+
+from pairformer_fast.config import PairformerConfig
+from pairformer_fast.model.pairformer import PairformerBlock
+
+latent = pytest.importorskip(
+    "openfold3.core.model.latent.pairformer", reason="needs the extra [openfold]: pip install '.[openfold]'"
+)
+
+DIMENSIONS = {
+    "openfold3": PairformerConfig(no_blocks=1),
+    "bundled": PairformerConfig(c_s=192, no_blocks=1),
+}
+
+
+def openfold3_block(config: PairformerConfig) -> torch.nn.Module:
+    return latent.PairFormerBlock(
+        c_s=config.c_s,
+        c_z=config.c_z,
+        c_hidden_pair_bias=config.c_hidden_pair_bias,
+        no_heads_pair_bias=config.no_heads_pair_bias,
+        c_hidden_mul=config.c_hidden_mul,
+        c_hidden_pair_att=config.c_hidden_pair_att,
+        no_heads_pair=config.no_heads_pair,
+        transition_type="swiglu",
+        transition_n=config.transition_n,
+        pair_dropout=config.pair_dropout,
+        fuse_projection_weights=False,
+        inf=1e9,
+    ).eval()
+
+
+def random_weights(block: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Non-zero everywhere: OpenFold3 zero-initialises output projections, which would hide half of a block."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for name, value in block.state_dict().items():
+        scale = value.shape[-1] ** -0.5 if value.dim() > 1 else 0.2
+        weights[name] = scale * torch.randn(value.shape, generator=generator)
+        if "layer_norm" in name and name.endswith("weight"):
+            weights[name] += 1
+    return weights
+
+
+@pytest.mark.parametrize("n", [1, 17, 63])
+@pytest.mark.parametrize("dimensions", DIMENSIONS)
+def test_block_equals_openfold3(n, dimensions):
+    torch.manual_seed(n)
+    config = DIMENSIONS[dimensions]
+    theirs, ours = openfold3_block(config), PairformerBlock(config).eval()
+    weights = random_weights(theirs)
+    theirs.load_state_dict(weights)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in weights.items()}
+    ours.load_state_dict(weights)
+
+    s, z = torch.randn(2, n, config.c_s), torch.randn(2, n, n, config.c_z)
+    mask = torch.ones(2, n, dtype=torch.bool)
+    mask[1, n - n // 3 :] = False
+    mask[0, n // 2 + 1 : n // 2 + 3] = False
+    pair_mask = mask[:, :, None] & mask[:, None, :]
+    with torch.no_grad():
+        expected_s, expected_z = theirs(s, z, mask.float(), pair_mask.float())
+        found_s, found_z = ours(s, z, mask, pair_mask)
+
+    # Rows of masked tokens are undefined: OpenFold3 averages over masked keys there, we return zeros.
+    for found, expected, keep in [(found_s, expected_s, mask), (found_z, expected_z, pair_mask)]:
+        error = (found[keep] - expected[keep]).norm() / expected[keep].norm()
+        assert error < 1e-5
+
+
+def test_parity_notices_the_orientation_of_the_ending_node():
+    config = DIMENSIONS["bundled"]
+    theirs, ours = openfold3_block(config), PairformerBlock(config).eval()
+    weights = random_weights(theirs)
+    theirs.load_state_dict(weights)
+    ours.load_state_dict(weights)
+    attention = ours.pair_stack.tri_att_end
+    attention.linear_z.register_forward_hook(lambda module, inputs, bias: bias.transpose(1, 2))
+    z = torch.randn(1, 9, 9, config.c_z)
+    mask = torch.ones(1, 9, 9, dtype=torch.bool)
+    with torch.no_grad():
+        flipped = attention(z, mask)
+        expected = theirs.pair_stack.tri_att_end(z.transpose(1, 2), transpose_bias=True).transpose(1, 2)
+    assert (flipped - expected).norm() / expected.norm() > 0.05
