@@ -133,7 +133,7 @@ def predict_with_teacher(
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
     write_shard(cache, structures)
-    return structures
+    return list(Shard(cache))  # rounded as on every later call
 
 
 def _predicted_pairs(

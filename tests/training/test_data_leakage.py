@@ -138,6 +138,7 @@ def test_teacher_predictions_are_kept_for_the_same_pairs(tmp_path: Path, monkeyp
     again = predict_with_teacher(pairs, cache, "cpu")
     assert calls == [2]
     assert [s.id for s in again] == ["a", "b"]
+    np.testing.assert_array_equal(again[1].atom14, first[1].atom14)
     assert first[0].weight == pytest.approx(0.8)
     predict_with_teacher([pairs[0], Pair("b", OTHER.format("AKR"), VL, "")], cache, "cpu")
     assert calls == [2, 2]
