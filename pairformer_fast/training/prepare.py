@@ -14,7 +14,7 @@ from pairformer_fast.inference.antibody import check_variable_domain
 from pairformer_fast.model.residue import ATOM14, RESTYPES
 from pairformer_fast.training.idealize import idealize_backbones
 from pairformer_fast.training.leakage import HeavyChain, check_leakage, find_leaks
-from pairformer_fast.training.quality import keep_sound
+from pairformer_fast.training.quality import keep_sound, repaired_too_far
 from pairformer_fast.training.shards import Shard, Structure, shard_path, write_shard
 from pairformer_fast.training.sources import Crystal, Pair, SabdabEntry, read_covabdab, read_crystals, read_sabdab
 from pairformer_fast.training.teacher import predict_pairs
@@ -144,9 +144,10 @@ def _predicted_pairs(
     dropped["not_variable_domains"] = len(pairs) - len(domains)
     pairs, leaks = _without_leaks(domains, held_out)
     dropped |= leaks
+    predictions = predict(pairs)
     kept = []
-    for pair, structure in zip(pairs, idealize_backbones(predict(pairs)), strict=True):
-        sound, problem = keep_sound(structure)
+    for pair, before, after in zip(pairs, predictions, idealize_backbones(predictions), strict=True):
+        sound, problem = (None, "repaired_too_far") if repaired_too_far(before, after) else keep_sound(after)
         if sound is None:
             dropped[problem] = dropped.get(problem, 0) + 1
         else:

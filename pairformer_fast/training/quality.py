@@ -20,6 +20,9 @@ MAX_BROKEN = 0.1
 CHAIN_BREAK = 2.0
 """C-N distance from which a chain counts as torn, Å."""
 
+MAX_REPAIR = 3.0
+"""Largest accepted motion of a CA when a backbone is repaired, Å."""
+
 CLASH = 3.0
 """Smallest accepted CA-CA distance of residues that are no neighbours, Å."""
 
@@ -56,3 +59,8 @@ def keep_sound(structure: Structure) -> tuple[Structure | None, str]:
     if apart.min(initial=np.inf) < CLASH:
         return None, "ca_clash"
     return replace(structure, atom14_mask=structure.atom14_mask & ~broken[:, None]), ""
+
+
+def repaired_too_far(before: Structure, after: Structure) -> bool:
+    """Whether a repair moved any CA by more than :data:`MAX_REPAIR`: then the prediction was no structure there."""
+    return bool((np.linalg.norm(after.atom14[:, 1] - before.atom14[:, 1], axis=-1) > MAX_REPAIR).any())

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from pairformer_fast.training.idealize import idealize_backbones
-from pairformer_fast.training.quality import keep_sound
+from pairformer_fast.training.quality import keep_sound, repaired_too_far
 from pairformer_fast.training.shards import Structure
 
 from .structures import structure
@@ -36,6 +36,7 @@ def test_broken_bonds_are_closed_near_where_they_were() -> None:
     (moved,) = idealize_backbones([bent])
     assert np.abs(peptide_bonds(moved) - 1.33).max() < 0.03
     assert np.linalg.norm(moved.atom14[:, 1] - bent.atom14[:, 1], axis=-1).max() < 0.8
+    assert not repaired_too_far(bent, moved)
     for atoms in ((0, 1), (1, 2), (1, 4)):
         before, after = (np.linalg.norm(s.atom14[:, atoms[0]] - s.atom14[:, atoms[1]], axis=-1) for s in (bent, moved))
         exists = bent.atom14_mask[:, atoms[1]]
@@ -66,3 +67,8 @@ def test_torn_chains_and_clashes_are_rejected() -> None:
     together = replace(made, atom14=np.concatenate([made.atom14[:40], made.atom14[:40] + 1]))
     assert keep_sound(together) == (None, "ca_clash")
     assert keep_sound(replace(made, atom14=made.atom14 * 1.25)) == (None, "broken_bonds")
+
+
+def test_a_residue_flung_away_is_not_repaired_into_a_target() -> None:
+    flung = with_shift(structure("helix", ["ACDEFGHIKL" * 4]), 20, [25.0, 0, 0])
+    assert repaired_too_far(flung, idealize_backbones([flung])[0])
