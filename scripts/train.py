@@ -14,15 +14,15 @@ from pairformer_fast.training.settings import TrainConfig
 def main(
     config: Annotated[str, typer.Option(help="Preset of configs/ by name, or a YAML file.")] = "antibody",
     data: Annotated[Path, typer.Option(help="Shards of scripts/prepare_antibody_data.py.")] = Path("runs/data"),
-    run: Annotated[Path, typer.Option(help="Folder of state, log and weights.")] = Path("runs/antibody"),
+    output: Annotated[Path, typer.Option(help="Folder of state, log and weights.")] = Path("runs/antibody"),
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
 ) -> None:
     """Train until the last step of the preset."""
     try:
-        done = train(TrainConfig.from_yaml(config), data, run, minutes)
+        done = train(TrainConfig.from_yaml(config), data, output, minutes)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    print(f"{'finished' if done else 'stopped early, run the same command to go on'}: {run}")
+    print(f"{'finished' if done else 'stopped early, run the same command to go on'}: {output}")
 
 
 if __name__ == "__main__":

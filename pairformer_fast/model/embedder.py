@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from pairformer_fast.config import ModelConfig
 from pairformer_fast.features import TokenFeatures
-from pairformer_fast.model.primitives import linear
+from pairformer_fast.model.primitives import Lookup, linear
 from pairformer_fast.model.residue import UNKNOWN
+from pairformer_fast.model.rigid import distances
 
 RECYCLE_NEAREST = 3.25
 RECYCLE_FARTHEST = 20.75
@@ -28,11 +29,11 @@ class InputEmbedder(nn.Module):
         super().__init__()
         c_s, c_z = config.pairformer.c_s, config.pairformer.c_z
         self.max_idx, self.max_chain = config.max_relative_idx, config.max_relative_chain
-        self.restype_s = nn.Embedding(UNKNOWN + 1, c_s)
-        self.restype_i = nn.Embedding(UNKNOWN + 1, c_z)
-        self.restype_j = nn.Embedding(UNKNOWN + 1, c_z)
-        self.relative_position = nn.Embedding(2 * self.max_idx + 2, c_z)
-        self.relative_chain = nn.Embedding(2 * self.max_chain + 1, c_z)
+        self.restype_s = Lookup(UNKNOWN + 1, c_s)
+        self.restype_i = Lookup(UNKNOWN + 1, c_z)
+        self.restype_j = Lookup(UNKNOWN + 1, c_z)
+        self.relative_position = Lookup(2 * self.max_idx + 2, c_z)
+        self.relative_chain = Lookup(2 * self.max_chain + 1, c_z)
 
     def forward(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
         """Initial ``s [B, N, C_s]`` and ``z [B, N, N, C_z]``."""
@@ -64,12 +65,12 @@ class RecyclingEmbedder(nn.Module):
         self.layer_norm_z = nn.LayerNorm(c_z)
         self.linear_s = linear(c_s, c_s, init="final")
         self.linear_z = linear(c_z, c_z, init="final")
-        self.distance = nn.Embedding(config.recycle_bins, c_z)
+        self.distance = Lookup(config.recycle_bins, c_z)
         boundaries = torch.linspace(RECYCLE_NEAREST, RECYCLE_FARTHEST, config.recycle_bins - 1)
         self.register_buffer("boundaries", boundaries, persistent=False)
 
     def forward(self, s: Tensor, z: Tensor, ca: Tensor) -> tuple[Tensor, Tensor]:
         """Updates of s and z from the previous ``s``, ``z`` and CA coordinates ``ca [B, N, 3]`` (Å)."""
-        distances = torch.cdist(ca, ca)
-        z = self.linear_z(self.layer_norm_z(z)) + self.distance(torch.bucketize(distances, self.boundaries))
+        bins = torch.bucketize(distances(ca), self.boundaries)
+        z = self.linear_z(self.layer_norm_z(z)) + self.distance(bins)
         return self.linear_s(self.layer_norm_s(s)), z

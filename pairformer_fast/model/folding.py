@@ -70,6 +70,8 @@ class FoldingModel(nn.Module):
             for _ in range(recycles):
                 s, z, structure = self._trunk(features, state)
                 state = Recycled(s, z, structure.frames[-1].trans)
+        # Autocast would reuse the weights that it cast without gradients above.
+        torch.clear_autocast_cache()
         _, z, structure = self._trunk(features, state)
         return ModelOutput(structure, self.distogram_head(z), self.plddt_head(structure.s), self.pae_head(z))
 

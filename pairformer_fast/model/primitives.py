@@ -36,6 +36,15 @@ def linear(c_in: int, c_out: int, *, bias: bool = False, init: str = "default") 
     return layer
 
 
+class Lookup(nn.Embedding):
+    """Embedding whose gradient is a matrix product: the same on every run, and fit for a CUDA graph."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Rows of the table, ``[...]`` int64 to ``[..., C]``."""
+        one_hot = index[..., None] == torch.arange(self.num_embeddings, device=index.device)
+        return one_hot.to(self.weight.dtype) @ self.weight
+
+
 class SharedDropout(nn.Module):
     """Dropout whose mask is shared along one axis of the pair representation (AF3 Algorithm 17).
 

@@ -100,6 +100,11 @@ def _rotate(rot: Tensor, x: Tensor) -> Tensor:
     return (rot * x[..., None, :]).sum(-1)
 
 
+def distances(x: Tensor) -> Tensor:
+    """All distances between points, ``[..., N, 3]`` to ``[..., N, N]``, without the rounding of a matrix product."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def dihedral(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Sine and cosine of the dihedral angle a-b-c-d.
 

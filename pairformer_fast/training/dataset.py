@@ -135,10 +135,10 @@ class AntibodyDataset(Dataset):
         return self._shard.chain_counts[index]
 
 
-def collate(items: Sequence[Mapping[str, Tensor]], multiple: int = 1) -> Batch:
-    """Pad structures to the longest, rounded up to ``multiple``, and stack them."""
+def collate(items: Sequence[Mapping[str, Tensor]], lengths: Sequence[int] = ()) -> Batch:
+    """Stack structures, padded to the least of ``lengths`` that holds them all, or else to the longest of them."""
     longest = max(len(item["aatype"]) for item in items)
-    length = -(-longest // multiple) * multiple
+    length = min((n for n in lengths if n >= longest), default=longest)
 
     def padded(name: str, value: int = 0) -> Tensor:
         first = items[0][name]
@@ -147,13 +147,13 @@ def collate(items: Sequence[Mapping[str, Tensor]], multiple: int = 1) -> Batch:
             row[: len(item[name])] = item[name]
         return out
 
-    lengths = torch.tensor([len(item["aatype"]) for item in items])
+    tokens = torch.tensor([len(item["aatype"]) for item in items])
     return Batch(
         features=TokenFeatures(
             aatype=padded("aatype", UNKNOWN),
             residue_index=padded("residue_index"),
             chain_index=padded("chain_index"),
-            mask=torch.arange(length) < lengths[:, None],
+            mask=torch.arange(length) < tokens[:, None],
         ),
         atom14=padded("atom14"),
         atom14_mask=padded("atom14_mask"),
@@ -171,7 +171,7 @@ class MixtureSampler(Sampler[list[Draw]]):
     source_weights : mapping of str to float
         Share of structures drawn from each source; sources left out are not drawn.
     batch_size : int
-        Structures per batch and rank.
+        Chains per batch and rank, so that batches of Fv, which are twice as long, hold half as many structures.
     seed : int
     augmentation : Augmentation
         Forms in which two-chain structures are drawn.
@@ -206,7 +206,8 @@ class MixtureSampler(Sampler[list[Draw]]):
             raise ValueError(f"out of range: batch_size {batch_size}, start {start}, rank {rank} of {world_size}")
         self.batch_size, self.seed, self.rank, self.world_size, self.start = batch_size, seed, rank, world_size, start
         self._buckets = _buckets(dataset, source_weights, augmentation)
-        totals = np.array([sum(pool.probability for pool in bucket) for bucket in self._buckets])
+        # A batch of longer structures holds fewer, so it comes up more often.
+        totals = np.array([sum(pool.probability * len(pool.chains) for pool in bucket) for bucket in self._buckets])
         self._bucket_probabilities = totals / totals.sum()
 
     def batch(self, step: int) -> list[Draw]:
@@ -214,10 +215,11 @@ class MixtureSampler(Sampler[list[Draw]]):
         rng = np.random.default_rng([self.seed, step])
         pools = self._buckets[rng.choice(len(self._buckets), p=self._bucket_probabilities)]
         probabilities = np.array([pool.probability for pool in pools])
-        count = self.batch_size * self.world_size
+        size = max(1, self.batch_size // len(pools[0].chains))
+        count = size * self.world_size
         chosen = rng.choice(len(pools), size=count, p=probabilities / probabilities.sum())
         places = rng.random(count)
-        mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        mine = range(self.rank * size, (self.rank + 1) * size)
         return [pools[chosen[i]].draw(places[i]) for i in mine]
 
     def __iter__(self) -> Iterator[list[Draw]]:

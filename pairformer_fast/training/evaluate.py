@@ -82,7 +82,7 @@ def evaluate(
         known = batch.atom14_mask[:, :, 1]
         x, target = prediction.atom14[:, :, 1], batch.atom14[:, :, 1]
         lddt = lddt_ca(x, target, known)[known]
-        h3 = lddt[batch.cdr[known] == CDR_H3]
+        h3 = lddt[((batch.cdr == CDR_H3) & (batch.features.chain_index == 0))[known]]
         plddt = prediction.plddt[known] / 100
         scores.append(
             Score(

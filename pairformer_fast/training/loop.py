@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -23,25 +22,13 @@ from pairformer_fast.model.checkpoint import save_checkpoint
 from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.training.dataset import AntibodyDataset, Augmentation, Batch, MixtureSampler, collate
 from pairformer_fast.training.evaluate import evaluate
-from pairformer_fast.training.losses import compute_losses
+from pairformer_fast.training.losses import term_weights
 from pairformer_fast.training.settings import TrainConfig, TrainSettings
+from pairformer_fast.training.step import GradientStep
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
 WEIGHTS_FILE = "model.safetensors"
-
-
-class LossModel(nn.Module):
-    """Model and losses in one forward, as DistributedDataParallel wants it."""
-
-    def __init__(self, model: FoldingModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, recycles: int) -> dict[str, Tensor]:
-        """All losses of a batch; see :func:`compute_losses`."""
-        output = self.model.run(batch.features, recycles)
-        return compute_losses(output, batch, self.model.structure_module.all_atom)
 
 
 @dataclass
@@ -119,34 +106,30 @@ def _train(
     model = FoldingModel(config.model).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay,
+        fused=device.type == "cuda",
+    )  # fmt: skip
     run = Run(model, average, optimizer)
     if (folder / STATE_FILE).is_file():
         run.load(folder / STATE_FILE, device)
     before = run.seconds
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        for block in model.pairformer_stack.blocks:
-            block.compile(dynamic=True)
-    wrapped: nn.Module = LossModel(model)
-    if world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+    gradients = GradientStep(model)
     dataset = AntibodyDataset(data, "train")
     augmentation = Augmentation(settings.heavy_only, settings.light_only, settings.swapped)
     sampler = MixtureSampler(
         dataset, settings.mixture, settings.batch_size, settings.seed, augmentation, rank, world, start=run.step
     )
-    batches = DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, multiple=16), num_workers=1)
+    pad = partial(collate, lengths=settings.padded_lengths)
+    batches = DataLoader(dataset, batch_sampler=sampler, collate_fn=pad, num_workers=1)
     with _progress(rank) as progress:
         task = progress.add_task("training", total=settings.steps, completed=run.step, loss="")
         for batch in itertools.islice(batches, settings.steps - run.step):
-            losses = _step(run, wrapped, batch.to(device), settings, rank)
+            losses = _step(run, gradients, batch, settings, rank)
             run.step += 1
             run.seconds = before + time.monotonic() - started
             out_of_time = _agree(minutes is not None and time.monotonic() - started > 60 * minutes, device, world)
             if run.step % settings.log_every == 0:
-                numbers = {name: round(float(value.detach()), 4) for name, value in losses.items()}
+                numbers = {name: round(float(value), 4) for name, value in losses.items()}
                 progress.update(task, completed=run.step, loss=f"loss {numbers['total']:.3f}")
                 if rank == 0:
                     _log(folder, {"step": run.step, "seconds": round(run.seconds, 1), "gpus": world, **numbers})
@@ -159,18 +142,14 @@ def _train(
     return run.step >= settings.steps
 
 
-def _step(run: Run, wrapped: nn.Module, batch: Batch, settings: TrainSettings, rank: int) -> dict[str, Tensor]:
+def _step(run: Run, gradients: GradientStep, batch: Batch, settings: TrainSettings, rank: int) -> dict[str, Tensor]:
     """One optimiser step. Noise depends on the seed, the step and the rank only, so a resumed run repeats it."""
-    device = batch.weight.device
     torch.manual_seed(settings.seed * 1_000_003 + run.step * 1009 + rank)
     recycles = int(torch.randint(settings.max_recycles + 1, (), generator=torch.Generator().manual_seed(run.step)))
     for group in run.optimizer.param_groups:
         group["lr"] = settings.learning_rate * schedule(run.step, settings)
     run.model.train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        losses = wrapped(batch, recycles)
-    run.optimizer.zero_grad(set_to_none=True)
-    losses["total"].backward()
+    losses = gradients(batch, recycles, term_weights(run.step / settings.steps))
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.gradient_norm)
     if norm.isfinite():
         run.optimizer.step()
@@ -196,7 +175,6 @@ def _agree(stop: bool, device: torch.device, world: int) -> bool:
 
 def _finish(run: Run, config: TrainConfig, data: Path, folder: Path, device: torch.device, world: int) -> None:
     """Write the averaged weights and measure them on the hold-outs."""
-    torch.set_float32_matmul_precision("highest")
     model: FoldingModel = run.average.module.eval()
     facts: dict[str, Any] = {
         "step": run.step,

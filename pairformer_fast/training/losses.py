@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -9,24 +11,43 @@ from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.all_atom import AllAtom
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
-from pairformer_fast.model.rigid import EPSILON, Rigid, normalize
+from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize
 from pairformer_fast.model.structure_module import torsion_norm
 from pairformer_fast.training.dataset import Batch
 
-WEIGHTS = {
-    "fape_backbone": 1.0,
-    "fape_atoms": 1.0,
-    "torsion": 0.5,
-    "lddt": 1.0,
-    "distogram": 0.3,
-    "peptide": 0.2,
-    "plddt": 0.02,
-    "pae": 0.02,
-}
-"""Weight of each term in the total loss."""
 
-CLAMP_WITHIN, CLAMP_BETWEEN = 10.0, 30.0
-"""Largest FAPE error (Å) inside a chain and between chains."""
+@dataclass(frozen=True)
+class Weight:
+    """Weight of a loss term: ``before`` until a share ``start`` of the run, ``after`` from a share ``end`` on."""
+
+    before: float
+    after: float
+    start: float = 0.0
+    end: float = 0.0
+
+    def at(self, progress: float) -> float:
+        """Weight at a share ``progress`` (0 to 1) of the run, linear between ``start`` and ``end``."""
+        if progress >= self.end:
+            return self.after
+        done = max(0.0, progress - self.start) / (self.end - self.start)
+        return self.before + done * (self.after - self.before)
+
+
+WEIGHTS = {
+    "fape_backbone": Weight(1.0, 1.0),
+    "fape_atoms": Weight(1.0, 1.0),
+    "torsion": Weight(0.5, 0.5),
+    "lddt": Weight(0.5, 1.0, 0.3, 0.5),
+    "distogram": Weight(1.0, 0.3, 0.2, 0.5),
+    # Bonds pull at residues before they have found their places, so they come last.
+    "peptide": Weight(0.0, 0.3, 0.5, 0.8),
+    "plddt": Weight(0.02, 0.02),
+    "pae": Weight(0.02, 0.02),
+}
+"""Weight of each term in the total loss, over a run."""
+
+FAPE_CLAMP, FAPE_SCALE = 30.0, 10.0
+"""Largest error (Å) that FAPE counts, and the error that counts as 1."""
 LDDT_RADIUS = 15.0
 LDDT_THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 DISTOGRAM_RANGE = (2.0, 22.0)
@@ -41,7 +62,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x.flatten(1) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> dict[str, Tensor]:
+def term_weights(progress: float) -> Tensor:
+    """Weights of all terms ``[terms]`` at a share ``progress`` of the run."""
+    return torch.tensor([weight.at(progress) for weight in WEIGHTS.values()])
+
+
+def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights: Tensor) -> dict[str, Tensor]:
     """Every term, weighted by the structures' weights and averaged; ``total`` is their weighted sum.
 
     Parameters
@@ -52,6 +78,8 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> dict
         Features and target coordinates (Å).
     all_atom : AllAtom
         Ideal geometry.
+    weights : Tensor
+        From :func:`term_weights`, on the device of the batch.
 
     Returns
     -------
@@ -64,13 +92,13 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> dict
     frames = Rigid.from_backbone(*(target[:, :, i] for i in range(3)))
     ca, ca_known = target[:, :, 1], known[:, :, 1]
 
-    per_block = [fape(f, frames, frame_mask, f.trans, ca, ca_known, features.chain_index) for f in structure.frames]
+    per_block = [fape(f, frames, frame_mask, f.trans, ca, ca_known) for f in structure.frames]
     lddt = lddt_ca(structure.atom14[:, :, 1].detach(), ca, ca_known)
     terms = {
         "fape_backbone": torch.stack(per_block).mean(0),
         "fape_atoms": fape(
             structure.frames[-1], frames, frame_mask, structure.atom14.flatten(1, 2), target.flatten(1, 2),
-            known.flatten(1, 2), features.chain_index,
+            known.flatten(1, 2),
         ),
         "torsion": torsion_loss(structure.torsions, target, known, features.aatype, all_atom),
         "lddt": 1 - smooth_lddt(structure.atom14[:, :, 1], ca, ca_known),
@@ -80,16 +108,14 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> dict
         "pae": pae_loss(output.pae, structure.frames[-1], frames, frame_mask, ca, ca_known),
     }  # fmt: skip
     weight = batch.weight / batch.weight.sum()
-    means = {name: (term * weight).sum() for name, term in terms.items()}
-    means["total"] = sum((WEIGHTS[name] * term for name, term in means.items()), torch.zeros_like(weight[0]))
+    means = {name: (terms[name] * weight).sum() for name in WEIGHTS}
+    means["total"] = (torch.stack(list(means.values())) * weights).sum()
     means["lddt_ca"] = (masked_mean(lddt, ca_known) * weight).sum()
     return means
 
 
-def fape(
-    frames: Rigid, target_frames: Rigid, frame_mask: Tensor, x: Tensor, target: Tensor, mask: Tensor, chain: Tensor
-) -> Tensor:
-    """Frame-aligned point error (AF2 Algorithm 28), clamped at 10 Å in a chain and 30 Å between chains.
+def fape(frames: Rigid, target_frames: Rigid, frame_mask: Tensor, x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Frame-aligned point error (AF2 Algorithm 28), clamped at 30 Å, inside chains and between them.
 
     Parameters
     ----------
@@ -98,11 +124,9 @@ def fape(
     frame_mask : Tensor
         ``[B, N]`` bool.
     x, target : Tensor
-        ``[B, M, 3]`` Å, where M is N times the atoms of a residue.
+        ``[B, M, 3]`` Å.
     mask : Tensor
         ``[B, M]`` bool.
-    chain : Tensor
-        ``[B, N]`` chain of each residue.
 
     Returns
     -------
@@ -110,10 +134,8 @@ def fape(
         ``[B]``, errors over 10 Å.
     """
     error = ((frames.see(x) - target_frames.see(target)).square().sum(-1) + EPSILON).sqrt()
-    point_chain = chain.repeat_interleave(x.shape[1] // chain.shape[1], dim=1)
-    same = chain[:, :, None] == point_chain[:, None, :]
-    clamp = torch.where(same, CLAMP_WITHIN, CLAMP_BETWEEN).to(error.dtype)
-    return masked_mean(torch.minimum(error, clamp), frame_mask[:, :, None] & mask[:, None, :]) / CLAMP_WITHIN
+    pairs = frame_mask[:, :, None] & mask[:, None, :]
+    return masked_mean(error.clamp(max=FAPE_CLAMP), pairs) / FAPE_SCALE
 
 
 def torsion_loss(torsions: list[Tensor], target: Tensor, known: Tensor, aatype: Tensor, all_atom: AllAtom) -> Tensor:
@@ -129,25 +151,25 @@ def torsion_loss(torsions: list[Tensor], target: Tensor, known: Tensor, aatype: 
 
 
 def _lddt_pairs(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    distances = torch.cdist(target, target)
-    near = (distances < LDDT_RADIUS) & mask[:, :, None] & mask[:, None, :]
+    between = distances(target)
+    near = (between < LDDT_RADIUS) & mask[:, :, None] & mask[:, None, :]
     diagonal = torch.eye(target.shape[1], dtype=torch.bool, device=target.device)
-    return distances, near & ~diagonal
+    return between, near & ~diagonal
 
 
 def lddt_ca(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """lDDT of each residue, ``[B, N]`` from 0 to 1, for CA coordinates ``[B, N, 3]`` (Å) and ``mask [B, N]``."""
-    distances, pairs = _lddt_pairs(target, mask)
-    error = (torch.cdist(x, x) - distances).abs()
+    between, pairs = _lddt_pairs(target, mask)
+    error = (distances(x) - between).abs()
     kept = torch.stack([error < t for t in LDDT_THRESHOLDS]).float().mean(0)
     return (kept * pairs).sum(-1) / pairs.sum(-1).clamp(min=1)
 
 
 def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """lDDT with sigmoids for steps (AF3 Algorithm 27), one value per structure ``[B]``."""
-    distances, pairs = _lddt_pairs(target, mask)
+    between, pairs = _lddt_pairs(target, mask)
     difference = x[:, :, None] - x[:, None, :]
-    error = ((difference.square().sum(-1) + EPSILON).sqrt() - distances).abs()
+    error = ((difference.square().sum(-1) + EPSILON).sqrt() - between).abs()
     kept = torch.stack([torch.sigmoid(t - error) for t in LDDT_THRESHOLDS]).mean(0)
     return masked_mean(kept, pairs)
 
@@ -156,7 +178,7 @@ def distogram_loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of binned CB distances; CB is built from the backbone, so every residue has one."""
     cb = virtual_cb(target)
     edges = torch.linspace(*DISTOGRAM_RANGE, logits.shape[-1] - 1, device=logits.device)
-    bins = torch.bucketize(torch.cdist(cb, cb), edges)
+    bins = torch.bucketize(distances(cb), edges)
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 2), bins.flatten(), reduction="none")
     return masked_mean(loss.view_as(bins), mask[:, :, None] & mask[:, None, :])
 

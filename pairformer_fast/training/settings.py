@@ -15,9 +15,11 @@ class TrainSettings(Frozen):
     steps : int
         Length of the run; the learning rate falls to zero over it.
     batch_size : int
-        Structures a step and GPU.
+        Chains a step and GPU.
     mixture : dict
         Relative share of each data source.
+    padded_lengths : tuple of int
+        Batches are padded to one of these, so that few CUDA graphs serve them all.
     heavy_only, light_only, swapped : float
         Share of the Fv of which only one domain is shown, or the light chain first.
     """
@@ -31,8 +33,9 @@ class TrainSettings(Frozen):
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    max_recycles: int = Field(default=2, ge=0)
-    mixture: dict[str, float] = Field(default={"sabdab": 0.4, "covabdab": 0.6})
+    max_recycles: int = Field(default=1, ge=0)
+    mixture: dict[str, float] = Field(default={"sabdab": 0.5, "covabdab": 0.5})
+    padded_lengths: tuple[int, ...] = (136, 240, 256)
     heavy_only: float = Field(default=0.1, ge=0, le=1)
     light_only: float = Field(default=0.2, ge=0, le=1)
     swapped: float = Field(default=0.1, ge=0, le=1)
