@@ -77,7 +77,7 @@ def flash_bias_attention(
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
         mask = None if mask is None else mask.unsqueeze(1)
     factors = (bias.phi_q, bias.phi_k) if isinstance(bias, Factors) else None
-    dense = None if factors else bias
+    dense = bias if isinstance(bias, Tensor) else None
 
     match backend:
         case Backend.REFERENCE:

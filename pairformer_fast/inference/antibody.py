@@ -137,13 +137,13 @@ def find_domain(codes: np.ndarray, profile: Profile) -> Hit:
         With score ``-inf`` if the sequence is too short for the profile.
     """
     padded = np.pad(codes, (MISSING_START, MISSING_END), constant_values=UNKNOWN)
-    total, choices = None, []
+    total, choices = np.zeros(0, dtype=np.float32), []
     for b, block in enumerate(profile.blocks):
         places = len(padded) - len(block) + 1
         if places < 1:
             return Hit(-np.inf, (), profile)
         score = sum(column[padded[c : c + places]] for c, column in enumerate(block))
-        if total is None:
+        if b == 0:
             total = score
             continue
         shortest, longest, _ = profile.loops[b - 1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from pairformer_fast.model.residue import UNKNOWN
 from pairformer_fast.training.shards import Shard, shard_path
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """A structure of a dataset, reduced to some of its chains in a given order."""
 
     index: int

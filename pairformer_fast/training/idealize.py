@@ -90,7 +90,9 @@ def _close_pairs(ca: Tensor, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = chain.shape[1]
     later = torch.ones(count, count, dtype=torch.bool).triu(2)
     real = chain >= 0
-    return torch.nonzero((apart < _CA_WATCHED) & later & real[:, :, None] & real[:, None], as_tuple=True)
+    near = (apart < _CA_WATCHED) & later & real[:, :, None] & real[:, None]
+    structure, first, second = torch.nonzero(near, as_tuple=True)
+    return structure, first, second
 
 
 def _moved(atoms: Tensor, motion: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -175,7 +175,7 @@ def _agree(stop: bool, device: torch.device, world: int) -> bool:
 
 def _finish(run: Run, config: TrainConfig, data: Path, folder: Path, device: torch.device, world: int) -> None:
     """Write the averaged weights and measure them on the hold-outs."""
-    model: FoldingModel = run.average.module.eval()
+    model = cast(FoldingModel, run.average.module).eval()
     facts: dict[str, Any] = {
         "step": run.step,
         "seconds": round(run.seconds, 1),

@@ -8,7 +8,7 @@ structure's centroid, and only for atoms that exist; bit ``a`` of ``atom_bits`` 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,9 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[Structure]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Structure:
         if not 0 <= index < len(self):

@@ -40,8 +40,10 @@ class GradientStep:
         self.weights = torch.zeros(0, device=self.device)
         self._captured: dict[tuple[torch.Size, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        # Overwritten in place: the graphs know them by address.
+        self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     def __call__(self, batch: Batch, recycles: int, weights: Tensor) -> dict[str, Tensor]:
         """Fill the gradients of the total loss.
@@ -79,7 +81,7 @@ class GradientStep:
         return losses
 
     def _run(self, batch: Batch, recycles: int) -> dict[str, Tensor]:
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+        torch._foreach_zero_(self._gradients)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             output = self.model.run(batch.features, recycles)
             losses = compute_losses(output, batch, self.model.structure_module.all_atom, self.weights)
@@ -105,15 +107,12 @@ class GradientStep:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _average_gradients(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = torch.cat([gradient.flatten() for gradient in self._gradients])
         distributed.all_reduce(flat)
         flat /= distributed.get_world_size()
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        # Copied in place: the graphs know the gradients by address.
-        torch._foreach_copy_(
-            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        )
+        parts = flat.split([gradient.numel() for gradient in self._gradients])
+        shaped = [part.view_as(gradient) for part, gradient in zip(parts, self._gradients, strict=True)]
+        torch._foreach_copy_(self._gradients, shaped)
 
 
 def _tensors(item: Batch | TokenFeatures) -> list[Tensor]:

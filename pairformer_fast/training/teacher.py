@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def predict_pairs(
     _check_order(residue_constants)
     model = pretrained(device=device)
     order = sorted(range(len(pairs)), key=lambda i: (sum(map(len, pairs[i])), i))
-    structures: list[TeacherStructure | None] = [None] * len(pairs)
+    structures: dict[int, TeacherStructure] = {}
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
         with torch.inference_mode():
@@ -67,10 +68,10 @@ def predict_pairs(
             structures[i] = TeacherStructure(coords[row, :length].numpy().copy(), plddt[row, :length].numpy().copy())
         if on_progress is not None:
             on_progress(len(batch))
-    return structures
+    return [structures[i] for i in range(len(pairs))]
 
 
-def _check_order(constants) -> None:
+def _check_order(constants: ModuleType) -> None:
     if "".join(constants.restypes) != RESTYPES:
         raise RuntimeError(f"the teacher orders residue types as {''.join(constants.restypes)}, expected {RESTYPES}")
     for letter, names in ATOM14.items():
