@@ -19,8 +19,6 @@ class BiasReport:
 
     Attributes
     ----------
-    name : str
-        Attention module.
     choice : str
         ``factors`` or ``dense``.
     rank : tuple of int
@@ -33,7 +31,6 @@ class BiasReport:
         Total variation measured on sampled queries.
     """
 
-    name: str
     choice: str
     rank: tuple[int, ...]
     eps: tuple[float, ...]
@@ -42,24 +39,19 @@ class BiasReport:
     probed_max: tuple[float, ...]
 
     @classmethod
-    def of(cls, name: str, outcome: Factorization) -> BiasReport:
+    def of(cls, outcome: Factorization) -> BiasReport:
         """Summary of a factorisation."""
         factors, probed = outcome.factors, outcome.probed
         if factors is None or probed is None:
             heads, tokens = outcome.bias.shape[1:3]
             exact = (0.0,) * heads
-            return cls(name, "dense", (tokens,) * heads, exact, exact, exact, exact)
+            return cls("dense", (tokens,) * heads, exact, exact, exact, exact)
         per_head = (factors.rank, factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
-        return cls(name, "factors", *(tuple(value.amax(0).tolist()) for value in per_head))
+        return cls("factors", *(tuple(value.amax(0).tolist()) for value in per_head))
 
 
 class PairBiasAttention(nn.Module):
     """Attention with a pair bias: parameter-free, the one door between a model and the kernels.
-
-    Parameters
-    ----------
-    name : str
-        Name in reports, such as ``blocks.3.tri_att_start``.
 
     Attributes
     ----------
@@ -69,9 +61,8 @@ class PairBiasAttention(nn.Module):
         One entry per call in evaluation mode, until :meth:`reset`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.name = name
         self.config = AttentionConfig.reference()
         self.report: list[BiasReport] = []
 
@@ -100,7 +91,7 @@ class PairBiasAttention(nn.Module):
         self._check_gradient(bias)
         outcome = factorize(bias, self.config, q, k, mask)
         if not self.training:
-            self.report.append(BiasReport.of(self.name, outcome))
+            self.report.append(BiasReport.of(outcome))
         return flash_bias_attention(q, k, v, outcome.for_attention, mask, self.config.backend)
 
     def reset(self) -> None:
@@ -110,7 +101,7 @@ class PairBiasAttention(nn.Module):
     def _check_gradient(self, bias: Tensor) -> None:
         if self.config.bias in (BiasMethod.SVD, BiasMethod.AUTO) and torch.is_grad_enabled() and bias.requires_grad:
             raise RuntimeError(
-                f"{self.name}: bias method '{self.config.bias}' does not pass gradients to the bias; train with "
+                f"bias method '{self.config.bias}' does not pass gradients to the bias; train with "
                 "AttentionConfig(bias='dense'), or run inference under torch.no_grad()"
             )
 
@@ -131,16 +122,15 @@ def set_attention(model: nn.Module, config: AttentionConfig) -> None:
 def collect_reports(model: nn.Module) -> list[dict[str, Any]]:
     """Reports of all calls since the last reset, as JSON-ready dictionaries in module order.
 
-    Beside the fields of :class:`BiasReport` each has ``module``, the path of the attention module within the model.
+    Beside the fields of :class:`BiasReport` each has ``name``, the path of the attention module within the model, such
+    as ``pairformer_stack.blocks.3.pair_stack.tri_att_start.mha.core``.
 
     Raises
     ------
     ValueError
         If the model has no :class:`PairBiasAttention`.
     """
-    return [
-        {"module": path, **asdict(report)} for path, module in _attentions(model).items() for report in module.report
-    ]
+    return [{"name": path, **asdict(report)} for path, module in _attentions(model).items() for report in module.report]
 
 
 def _attentions(model: nn.Module) -> dict[str, PairBiasAttention]:

@@ -32,7 +32,7 @@ class GatedAttention(nn.Module):
         self.linear_v = linear(c, hidden, init="glorot")
         self.linear_o = linear(hidden, c, init="final")
         self.linear_g = linear(c, hidden, init="gating")
-        self.core = PairBiasAttention("attention")
+        self.core = PairBiasAttention()
 
     def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         """Attend along the second-last axis.

@@ -44,7 +44,7 @@ def test_fold_reports_rank_and_error_of_every_call_per_head(weights, fasta, tmp_
     content = json.loads((tmp_path / "out" / "a" / "a_comparison.json").read_text())
     blocks, recycles, attentions = 2, 1, 3
     assert len(content["bias"]) == blocks * attentions * (recycles + 1)
-    assert len({call["module"] for call in content["bias"]}) == blocks * attentions
+    assert len({call["name"] for call in content["bias"]}) == blocks * attentions
     for call in content["bias"]:
         assert call["choice"] == "factors"
         assert max(call["rank"]) <= 8
