@@ -172,7 +172,8 @@ class MixtureSampler(Sampler[list[Draw]]):
     source_weights : mapping of str to float
         Share of structures drawn from each source; sources left out are not drawn.
     batch_size : int
-        Chains per batch and rank, so that batches of Fv, which are twice as long, hold half as many structures.
+        Chains per batch and rank, so that batches of Fv, which are twice as long, hold half as many structures (at
+        least one).
     seed : int
     augmentation : Augmentation
         Forms in which two-chain structures are drawn.
@@ -205,18 +206,20 @@ class MixtureSampler(Sampler[list[Draw]]):
             raise ValueError(f"source weights must be at least 0 and not all 0, got {dict(source_weights)}")
         if batch_size < 1 or start < 0 or not 0 <= rank < world_size:
             raise ValueError(f"out of range: batch_size {batch_size}, start {start}, rank {rank} of {world_size}")
-        self.batch_size, self.seed, self.rank, self.world_size, self.start = batch_size, seed, rank, world_size, start
+        self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
         self._buckets = _buckets(dataset, source_weights, augmentation)
+        self._sizes = [max(1, batch_size // len(bucket[0].chains)) for bucket in self._buckets]
         # A batch of longer structures holds fewer, so it comes up more often.
-        totals = np.array([sum(pool.probability * len(pool.chains) for pool in bucket) for bucket in self._buckets])
-        self._bucket_probabilities = totals / totals.sum()
+        shares = np.array([sum(pool.probability for pool in bucket) for bucket in self._buckets])
+        frequencies = shares / self._sizes
+        self._bucket_probabilities = frequencies / frequencies.sum()
 
     def batch(self, step: int) -> list[Draw]:
         """This rank's batch of a step."""
         rng = np.random.default_rng([self.seed, step])
-        pools = self._buckets[rng.choice(len(self._buckets), p=self._bucket_probabilities)]
+        bucket = rng.choice(len(self._buckets), p=self._bucket_probabilities)
+        pools, size = self._buckets[bucket], self._sizes[bucket]
         probabilities = np.array([pool.probability for pool in pools])
-        size = max(1, self.batch_size // len(pools[0].chains))
         count = size * self.world_size
         chosen = rng.choice(len(pools), size=count, p=probabilities / probabilities.sum())
         places = rng.random(count)

@@ -88,13 +88,14 @@ def test_one_chain_or_swapped_chains(dataset: AntibodyDataset) -> None:
 
 def test_padding_is_masked(dataset: AntibodyDataset) -> None:
     items = [dataset[0], dataset[dataset.sources.index("pair")]]
-    batch = collate(items, multiple=16)
+    batch = collate(items, lengths=[48, 16, 32])
     assert batch.features.aatype.shape == (2, 32)
     assert batch.features.mask.sum(1).tolist() == [18, 13]
     assert (batch.features.aatype[~batch.features.mask] == UNKNOWN).all()
     assert not batch.atom14_mask[~batch.features.mask].any()
     assert torch.equal(batch.atom14[1, :13], items[1]["atom14"])
-    assert collate(items).atom14.shape[1] == 18
+    for lengths in ((), (16,)):
+        assert collate(items, lengths).atom14.shape[1] == 18
     assert batch.to("meta").features.mask.device.type == "meta"
 
 
@@ -112,11 +113,16 @@ def test_batches_are_a_function_of_seed_rank_and_step(dataset: AntibodyDataset) 
         assert {len(draw.chains) for draw in zero} == {len(draw.chains) for draw in one}
 
 
-def test_mixture_and_forms_have_the_wanted_shares(dataset: AntibodyDataset) -> None:
+@pytest.mark.parametrize(("batch_size", "structures_of"), [(4, {1: 4, 2: 2}), (5, {1: 5, 2: 2}), (1, {1: 1, 2: 1})])
+def test_mixture_and_forms_have_the_wanted_shares(
+    dataset: AntibodyDataset, batch_size: int, structures_of: dict[int, int]
+) -> None:
     augmentation = Augmentation(first_only=0.2, second_only=0.1, swapped=0.3)
-    sampler = MixtureSampler(dataset, MIXTURE, batch_size=5, augmentation=augmentation)
-    batches = list(islice(sampler, 4000))
-    assert all(len({len(draw.chains) for draw in batch}) == 1 for batch in batches)
+    sampler = MixtureSampler(dataset, MIXTURE, batch_size, augmentation=augmentation)
+    batches = list(islice(sampler, 6000))
+    for batch in batches:
+        (chains,) = {len(draw.chains) for draw in batch}
+        assert len(batch) == structures_of[chains]
     draws = [draw for batch in batches for draw in batch]
     pairs = [draw.chains for draw in draws if dataset.sources[draw.index] == "pair"]
     assert len(pairs) / len(draws) == pytest.approx(0.7, abs=0.02)
@@ -134,11 +140,10 @@ def test_a_loader_takes_sampler_and_collate(dataset: AntibodyDataset) -> None:
     loader = DataLoader(
         dataset,
         batch_sampler=MixtureSampler(dataset, MIXTURE, batch_size=3),
-        collate_fn=partial(collate, multiple=8),
+        collate_fn=partial(collate, lengths=(16, 24)),
     )
-    for batch in islice(loader, 5):
-        assert batch.atom14.shape[0] == 3
-        assert batch.atom14.shape[1] % 8 == 0
+    # three single chains of 18 residues, or one pair of 13
+    assert {batch.atom14.shape[:2] for batch in islice(loader, 20)} == {(3, 24), (1, 16)}
 
 
 @pytest.mark.parametrize(
