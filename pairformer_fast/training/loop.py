@@ -29,6 +29,7 @@ from pairformer_fast.training.step import GradientStep
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
 WEIGHTS_FILE = "model.safetensors"
+HOLD_OUTS = ("val", "crystal")
 
 
 @dataclass
@@ -80,6 +81,11 @@ def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None =
     -------
     bool
         Whether the last step was reached.
+
+    Raises
+    ------
+    FileNotFoundError
+        If ``data`` lacks a split; nothing has been written then.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -100,6 +106,7 @@ def _train(
     config: TrainConfig, data: Path, folder: Path, minutes: float | None, device: torch.device, rank: int, world: int
 ) -> bool:
     settings = config.train
+    dataset, *held_out = (AntibodyDataset(data, split) for split in ("train", *HOLD_OUTS))
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -114,7 +121,6 @@ def _train(
         run.load(folder / STATE_FILE, device)
     before = run.seconds
     gradients = GradientStep(model)
-    dataset = AntibodyDataset(data, "train")
     augmentation = Augmentation(settings.heavy_only, settings.light_only, settings.swapped)
     sampler = MixtureSampler(
         dataset, settings.mixture, settings.batch_size, settings.seed, augmentation, rank, world, start=run.step
@@ -138,7 +144,7 @@ def _train(
             if out_of_time:
                 break
     if rank == 0:
-        _finish(run, config, data, folder, device, world)
+        _finish(run, config, held_out, folder, device, world)
     return run.step >= settings.steps
 
 
@@ -173,7 +179,9 @@ def _agree(stop: bool, device: torch.device, world: int) -> bool:
     return bool(flag)
 
 
-def _finish(run: Run, config: TrainConfig, data: Path, folder: Path, device: torch.device, world: int) -> None:
+def _finish(
+    run: Run, config: TrainConfig, held_out: list[AntibodyDataset], folder: Path, device: torch.device, world: int
+) -> None:
     """Write the averaged weights and measure them on the hold-outs."""
     model = cast(FoldingModel, run.average.module).eval()
     facts: dict[str, Any] = {
@@ -185,7 +193,8 @@ def _finish(run: Run, config: TrainConfig, data: Path, folder: Path, device: tor
         "train": config.train.model_dump(),
     }
     save_checkpoint(model, folder / WEIGHTS_FILE, facts)
-    results = {split: evaluate(model, AntibodyDataset(data, split), device).summary() for split in ("val", "crystal")}
+    summaries = (evaluate(model, dataset, device).summary() for dataset in held_out)
+    results = dict(zip(HOLD_OUTS, summaries, strict=True))
     _log(folder, {**facts, "evaluation": results})
     Console(stderr=True).print_json(data=results)
 
