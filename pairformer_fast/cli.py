@@ -182,10 +182,11 @@ def _number(value: float | None, digits: int) -> str:
 def _fold_table(report: RunReport) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title="accelerated structure against the reference's",
         caption="N residues; RMSD of CA in Å; lDDT of CA; pLDDT of the accelerated structure; seconds of both paths",
     )
-    table.add_column("job", overflow="fold")
+    table.add_column("job", overflow="fold", min_width=12)
     for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "fast", "ref.", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:

@@ -10,8 +10,10 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DEFAULT_TOLERANCE = 0.02
-"""Default bound on the probed change of attention weights (mean total variation, 0 to 1)."""
+DEFAULT_TOLERANCE = 0.1
+"""Default bound on the probed change of attention weights (mean total variation, 0 to 1).
+
+On the bundled weights structures then move by about 0.1 Å (``data/benchmarks/fold.json``)."""
 
 
 class Backend(StrEnum):

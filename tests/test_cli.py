@@ -180,3 +180,12 @@ def test_regress_updates_passes_and_fails(fake_model, run, tmp_path, monkeypatch
     monkeypatch.setattr(regress, "ACCELERATED_CA_RMSD", 1e-6)
     status, out, _ = run("regress", "--golden", golden)
     assert (status, "FAIL" in out) == (1, True)
+
+
+def test_learned_factors_are_refused_before_the_model_is_loaded(tmp_path):
+    source = tmp_path / "in.fasta"
+    source.write_text(f">a\n{ONE}\n")
+    result = run_process("fold", source, tmp_path / "out", "--bias", "learned", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "no factor networks" in result.stderr
+    assert not (tmp_path / "out").exists()

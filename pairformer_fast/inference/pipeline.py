@@ -25,7 +25,7 @@ from pairformer_fast.inference.predict import (
 )
 from pairformer_fast.inference.report import ACCELERATED, REFERENCE, JobReport, RunReport, comparison_json
 from pairformer_fast.inference.settings import FoldSettings
-from pairformer_fast.inference.validate import check_domain, check_memory
+from pairformer_fast.inference.validate import check_bias, check_domain, check_memory
 from pairformer_fast.inference.writer import write_mmcif
 
 _LOG = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def check_request(jobs: list[Job], settings: FoldSettings) -> None:
     """
     device = resolve_device(settings.device)
     config = read_model_config(resolve_checkpoint(settings.checkpoint))
+    check_bias(settings)
     check_domain(jobs, config)
     check_memory(jobs, config, device)
 
