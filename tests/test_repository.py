@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 import pairformer_fast
+from pairformer_fast.config import ModelConfig
+from pairformer_fast.inference.fasta import read_fasta
+from pairformer_fast.inference.validate import check_domain
 from pairformer_fast.training.settings import TrainConfig
 
 TOP_LEVEL = {
@@ -16,6 +19,7 @@ TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
     *("MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "ruff.toml", "setup.cfg"),
 }
+DATA_FOLDERS = {"weights": ".safetensors", "golden": ".cif", "examples": ".fasta", "benchmarks": ".json"}
 MAX_LINES = 500
 MAX_BYTES = 16 * 2**20
 ABSOLUTE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home|Users)/")
@@ -76,11 +80,28 @@ def test_documents_name_files_that_exist(document: str, repository: Path) -> Non
 
 
 def test_data_is_not_ignored(repository: Path) -> None:
-    names = ["weights/x.safetensors", "golden/x.cif", "examples/x.fasta", "benchmarks/x.json"]
-    ignored = subprocess.run(
-        ["git", "check-ignore", *(f"data/{name}" for name in names)], cwd=repository, capture_output=True, text=True
-    )
+    names = [f"data/{folder}/x{suffix}" for folder, suffix in DATA_FOLDERS.items()]
+    ignored = subprocess.run(["git", "check-ignore", *names], cwd=repository, capture_output=True, text=True)
     assert ignored.returncode == 1, f".gitignore hides {ignored.stdout}"
+
+
+def test_data_folders_are_fixed(tracked_files: list[Path]) -> None:
+    folders = {file.parts[1] for file in tracked_files if file.parts[0] == "data" and len(file.parts) > 2}
+    assert folders <= DATA_FOLDERS.keys()
+
+
+def test_bundled_sequences_can_be_folded(repository: Path, tracked_files: list[Path]) -> None:
+    files = [file for file in tracked_files if file.parts[0] == "data" and file.suffix == ".fasta"]
+    assert {file.parts[1] for file in files} == {"examples", "golden"}
+    for file in files:
+        check_domain(read_fasta(repository / file), ModelConfig(domain="antibody"))
+
+
+def test_every_golden_sequence_has_a_structure(repository: Path, tracked_files: list[Path]) -> None:
+    jobs = {job.id for job in read_fasta(repository / "data" / "golden" / "golden.fasta")}
+    assert jobs == {
+        file.stem for file in tracked_files if file.parts[:2] == ("data", "golden") and file.suffix == ".cif"
+    }
 
 
 def test_citation_has_the_version(repository: Path) -> None:
