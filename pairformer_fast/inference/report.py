@@ -7,6 +7,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,10 @@ class PathReport(Frozen):
         0 to 100.
     factors, dense : int
         Calls of attention that took factors and that took the dense bias.
+    mean_rank : float or None
+        Over the heads of the calls that took factors.
+    probed_error, bound : float
+        Largest measured mean total variation of a head's attention weights, and the largest certified bound on it.
     """
 
     seconds: float
@@ -41,17 +46,24 @@ class PathReport(Frozen):
     mean_plddt: float
     factors: int
     dense: int
+    mean_rank: float | None
+    probed_error: float
+    bound: float
 
     @classmethod
     def of(cls, result: PathResult) -> PathReport:
         """Summary of a prediction."""
-        choices = [report["choice"] for report in result.reports]
+        factors = [report for report in result.reports if report["choice"] == "factors"]
+        ranks = [rank for report in factors for rank in report["rank"]]
         return cls(
             seconds=result.usage.seconds,
             peak_bytes=result.usage.peak_bytes,
             mean_plddt=result.prediction.plddt.mean().item(),
-            factors=choices.count("factors"),
-            dense=choices.count("dense"),
+            factors=len(factors),
+            dense=len(result.reports) - len(factors),
+            mean_rank=fmean(ranks) if ranks else None,
+            probed_error=max((max(report["probed_mean"]) for report in factors), default=0.0),
+            bound=max((max(report["bound"]) for report in factors), default=0.0),
         )
 
 

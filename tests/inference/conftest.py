@@ -33,7 +33,16 @@ def write_header(path: Path, domain: str) -> None:
 
 def fake_reports(model: FakeModel) -> list[dict]:
     choice = "dense" if model.attention.bias == "dense" else "factors"
-    return [{"name": "blocks.0.tri_att_start", "choice": choice, "rank": [8], "eps": [0.1], "probed_mean": [0.01]}]
+    return [
+        {
+            "name": "blocks.0.tri_att_start",
+            "choice": choice,
+            "rank": [8],
+            "eps": [0.1],
+            "bound": [0.05],
+            "probed_mean": [0.01],
+        }
+    ]
 
 
 @pytest.fixture
