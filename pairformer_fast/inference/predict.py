@@ -18,6 +18,7 @@ from pairformer_fast.inference.fasta import Job
 from pairformer_fast.inference.measure import Usage, measure
 from pairformer_fast.inference.settings import FoldSettings, Precision
 from pairformer_fast.model import checkpoint
+from pairformer_fast.model.closure import close_peptides
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Predictor:
     def predict(self, job: Job, attention: AttentionConfig) -> PathResult:
         """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.
 
+        Peptide bonds that the model left open are closed afterwards, on the CPU and outside the time measured.
+
         Parameters
         ----------
         job : Job
@@ -128,11 +131,10 @@ class Predictor:
             torch.manual_seed(self.seed)
             with measure(self.device) as usage:
                 prediction = self.model(features, self.recycles)
-        return PathResult(
-            Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)}),
-            usage,
-            pair_bias.collect_reports(self.model),
-        )
+        on_host = {f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)}
+        atom14 = close_peptides(on_host["atom14"], features.chain_index.cpu(), features.aatype.cpu())
+        closed = Prediction(**{**on_host, "atom14": atom14})
+        return PathResult(closed, usage, pair_bias.collect_reports(self.model))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from pairformer_fast import bias as pair_bias
 from pairformer_fast.config import ModelConfig
+from pairformer_fast.inference import predict
 from pairformer_fast.inference.antibody import DomainCheck
 from pairformer_fast.model import checkpoint
 
@@ -23,6 +24,8 @@ def fake_model(monkeypatch, tmp_path_factory) -> FakeModel:
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: model)
     monkeypatch.setattr(pair_bias, "set_attention", lambda m, config: setattr(m, "attention", config))
     monkeypatch.setattr(pair_bias, "collect_reports", fake_reports)
+    # The atoms of the fake are scattered: they have no peptide bonds to close.
+    monkeypatch.setattr(predict, "close_peptides", lambda atom14, chain_index, aatype: atom14)
     return model
 
 

@@ -4,8 +4,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from biotite.structure.io.pdbx import CIFFile, get_structure
 
 from pairformer_fast.bias import BiasFactors, attention
 from pairformer_fast.bias.certificate import certify
@@ -36,6 +38,18 @@ def test_bundled_structures_are_reproduced_and_acceleration_keeps_them():
     result = regress(bundled_golden(), SETTINGS)
     assert len({gate.subject for gate in result.gates}) >= 6
     assert failed_gates(result) == set()
+
+
+@pytest.mark.parametrize("path", sorted(bundled_golden().glob("*.cif")), ids=lambda path: path.stem)
+def test_predicted_chains_are_unbroken(path):
+    structure = get_structure(CIFFile.read(path), model=1)
+    for chain in set(structure.chain_id):
+        c, n = (structure[(structure.chain_id == chain) & (structure.atom_name == name)].coord for name in ("C", "N"))
+        lengths = np.linalg.norm(n[1:] - c[:-1], axis=-1)
+        assert np.abs(lengths - 1.329).max() < 0.1
+        ca = structure[(structure.chain_id == chain) & (structure.atom_name == "CA")].coord
+        apart = np.linalg.norm(ca[:, None] - ca[None], axis=-1)[np.triu_indices(len(ca), 2)]
+        assert apart.min() > 3.3
 
 
 def test_accelerated_path_uses_factors_within_its_tolerance():
