@@ -51,8 +51,9 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
+    """Sums over several threads round differently from run to run; the uninterrupted run of the module is one, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
