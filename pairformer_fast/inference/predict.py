@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pairformer_fast import bias as pair_bias
@@ -77,9 +75,8 @@ def read_model_config(path: Path) -> ModelConfig:
         If the file is no checkpoint of this package.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
-            return ModelConfig.model_validate_json((file.metadata() or {})["config"])
-    except (SafetensorError, KeyError, ValidationError):
+        return checkpoint.read_config(path)
+    except checkpoint.CheckpointError:
         raise InputError(f"checkpoint {path}: not a safetensors file written by pairformer_fast") from None
 
 
@@ -131,10 +128,9 @@ class Predictor:
             torch.manual_seed(self.seed)
             with measure(self.device) as usage:
                 prediction = self.model(features, self.recycles)
-        on_host = {f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)}
-        atom14 = close_peptides(on_host["atom14"], features.chain_index.cpu(), features.aatype.cpu())
-        closed = Prediction(**{**on_host, "atom14": atom14})
-        return PathResult(closed, usage, pair_bias.collect_reports(self.model))
+        on_host = Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)})
+        atom14 = close_peptides(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())
+        return PathResult(replace(on_host, atom14=atom14), usage, pair_bias.collect_reports(self.model))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

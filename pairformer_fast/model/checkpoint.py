@@ -59,22 +59,34 @@ def load_checkpoint(path: str | Path) -> FoldingModel:
     CheckpointError
         If the file is no safetensors file, lacks the model's dimensions or does not fit them.
     """
+    model = FoldingModel(read_config(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of this package: {error}") from error
+    return model.eval()
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Dimensions and domain of a model from its file's header; the weights are not read.
+
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        As :func:`load_checkpoint`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        model = FoldingModel(ModelConfig.model_validate_json(header["config"]))
-        model.load_state_dict(tensors)
+            return ModelConfig.model_validate_json((file.metadata() or {})["config"])
     except KeyError:
-        raise CheckpointError(
-            f"{path} has no model configuration in its header: write it with save_checkpoint"
-        ) from None
-    except (SafetensorError, ValidationError, RuntimeError) as error:
+        message = f"{path} has no model configuration in its header: write it with save_checkpoint"
+        raise CheckpointError(message) from None
+    except (SafetensorError, ValidationError) as error:
         raise CheckpointError(f"{path} is no checkpoint of this package: {error}") from error
-    return model.eval()
 
 
 def checkpoint_metadata(path: str | Path) -> dict[str, object]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.model.residue import RESTYPES
+from pairformer_fast.model.rigid import distances
 
 # distances across a peptide bond, Å (bonds and angles of Engh and Huber 1991): atom of i, atom of i + 1, distance
 _ACROSS = ((2, 0, 1.329), (1, 0, 2.425), (2, 1, 2.435))
@@ -82,7 +83,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _close_pairs(ca: Tensor, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Structure, residue and residue of pairs that are no neighbours and may clash."""
-    apart = torch.cdist(ca, ca)
+    apart = distances(ca)
     count = chain.shape[1]
     later = torch.ones(count, count, dtype=torch.bool).triu(2)
     real = chain >= 0

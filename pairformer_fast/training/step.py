@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.training.dataset import Batch
-from pairformer_fast.training.losses import compute_losses
+from pairformer_fast.training.losses import WEIGHTS, compute_losses
 
 WARM_UP = 2
 
@@ -37,7 +37,7 @@ class GradientStep:
         self.model = model
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
-        self.weights = torch.zeros(0, device=self.device)
+        self.weights = torch.zeros(len(WEIGHTS), device=self.device)
         self._captured: dict[tuple[torch.Size, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         # Overwritten in place: the graphs know them by address.
@@ -62,8 +62,6 @@ class GradientStep:
         dict of str to Tensor
             All terms of this process, valid until the next call.
         """
-        if self.weights.shape != weights.shape:
-            self.weights = torch.empty_like(weights, device=self.device)
         self.weights.copy_(weights)
         if self.device.type == "cuda":
             key = (batch.cdr.shape, recycles)
