@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,8 @@ def main(
         "targets": len(scores),
         "lddt": round(float(np.mean([score.lddt for score in scores])), 4),
         "lddt_h3": round(float(np.nanmean([score.lddt_h3 for score in scores])), 4),
+        "device": platform.machine(),
+        **{package: version(package) for package in ("biopython", "numpy")},
     }
     typer.echo(json.dumps(summary, indent=2))
 
