@@ -17,11 +17,16 @@ On the bundled weights structures then move by about 0.1 Å (``data/benchmarks/f
 
 
 class Backend(StrEnum):
-    """Implementation of :func:`pairformer_fast.kernels.flash_bias.flash_bias_attention`."""
+    """Implementation of :func:`pairformer_fast.kernels.flash_bias.flash_bias_attention`.
+
+    ``reference`` is explicit PyTorch, ``torch`` uses scaled_dot_product_attention, ``triton`` is the kernel for CUDA.
+    ``auto`` takes ``triton`` for what it supports on a GPU and ``torch`` elsewhere.
+    """
 
     AUTO = "auto"
     REFERENCE = "reference"
     TORCH = "torch"
+    TRITON = "triton"
 
 
 class BiasMethod(StrEnum):
@@ -58,8 +63,7 @@ class AttentionConfig(Frozen):
     Attributes
     ----------
     backend : Backend
-        ``reference`` is explicit PyTorch, ``torch`` uses scaled_dot_product_attention. ``auto`` takes
-        ``torch``.
+        Implementation of attention. An explicit ``triton`` is an error where there is no CUDA GPU.
     bias : BiasMethod
         ``dense`` keeps the N x N bias; ``svd`` replaces it by factors; ``auto`` takes factors where they meet
         ``tolerance`` at a rank that can pay and the dense bias elsewhere; ``learned`` asks the checkpoint for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 TILE = 64
@@ -33,3 +34,27 @@ class BiasTerms(NamedTuple):
     phi_k: Tensor | None = None
     table: Tensor | None = None
     dense_tiles: Tensor | None = None
+
+    def additive(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias as one table ``[B, H, N, M]`` of ``dtype``, None if there is none."""
+        if self.phi_q is None or self.phi_k is None:
+            return None if self.dense is None else self.dense.to(dtype)
+        bias = self.phi_q.to(dtype) @ self.phi_k.to(dtype).mT
+        queries, keys = bias.shape[-2:]
+        if self.table is not None:
+            width = self.table.shape[-1] // 2
+            tokens = torch.arange(max(queries, keys), device=bias.device)
+            offset = (tokens[:queries, None] - tokens[:keys]).clamp(-width, width)
+            bias = bias + self.table.to(dtype)[:, offset + width]
+        if self.dense is not None and self.dense_tiles is not None:
+            flagged = self.dense_tiles.repeat_interleave(TILE, -2)[..., :queries, :]
+            flagged = flagged.repeat_interleave(TILE, -1)[..., :keys]
+            bias = torch.where(flagged, self.dense.to(dtype), bias)
+        return bias
+
+    def flatten(self, last: int) -> BiasTerms:
+        """Leading dimensions 0 to ``last`` as one."""
+        dense, phi_q, phi_k, dense_tiles = (
+            None if x is None else x.flatten(0, last) for x in (self.dense, self.phi_q, self.phi_k, self.dense_tiles)
+        )
+        return BiasTerms(dense, phi_q, phi_k, self.table, dense_tiles)

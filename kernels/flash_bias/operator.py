@@ -1,0 +1,111 @@
+"""The Triton kernels as operators of PyTorch: gradients, ``torch.compile``, activation checkpointing.
+
+Triton is imported when a kernel runs, never before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pairformer_fast.kernels.flash_bias.terms import BiasTerms
+
+DIFFERENTIABLE = ("q", "k", "v", "dense", "phi_q", "phi_k", "table", "gate")
+"""Inputs that may have a gradient, in the order in which the backward operator returns them."""
+
+_INPUTS = ("q", "k", "v", "dense", "phi_q", "phi_k", "table", "dense_tiles", "mask", "pair_mask", "gate")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    terms: BiasTerms,
+    mask: Tensor | None,
+    pair_mask: Tensor | None,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logarithm of the softmax denominators; arguments in the triangle layout of the api."""
+    return flash_bias_forward(q, k, v, *terms, mask, pair_mask, gate)
+
+
+@torch.library.custom_op("pairformer_fast::flash_bias_forward", mutates_args=())
+def flash_bias_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: Tensor | None,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    table: Tensor | None,
+    dense_tiles: Tensor | None,
+    mask: Tensor | None,
+    pair_mask: Tensor | None,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Contiguous output ``[B, I, N, H, D]`` and fp32 log-sum-exp ``[B, I, H, N]``."""
+    from pairformer_fast.kernels.flash_bias import triton_forward
+
+    terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
+    return triton_forward.forward(q, k, v, terms, mask, pair_mask, gate)
+
+
+@flash_bias_forward.register_fake
+def _(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, rows, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, rows, heads, queries), dtype=torch.float32)
+
+
+@torch.library.custom_op("pairformer_fast::flash_bias_backward", mutates_args=())
+def flash_bias_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: Tensor | None,
+    phi_q: Tensor | None,
+    phi_k: Tensor | None,
+    table: Tensor | None,
+    dense_tiles: Tensor | None,
+    mask: Tensor | None,
+    pair_mask: Tensor | None,
+    gate: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Contiguous gradients of those of ``DIFFERENTIABLE`` that ``needs``, in their order, flags."""
+    from pairformer_fast.kernels.flash_bias import triton_backward
+
+    terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
+    wanted = frozenset(name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed)
+    gradients = triton_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, wanted)
+    return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
+
+
+@flash_bias_backward.register_fake
+def _(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *inputs_and_needs: Any) -> list[Tensor]:
+    *inputs, needs = inputs_and_needs
+    by_name = dict(zip(_INPUTS, inputs, strict=True))
+    flagged = zip(DIFFERENTIABLE, needs, strict=True)
+    return [by_name[name].new_empty(by_name[name].shape) for name, needed in flagged if needed]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    needed = dict(zip(_INPUTS, ctx.needs_input_grad, strict=False))
+    needs = [needed[name] for name in DIFFERENTIABLE]
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = iter(flash_bias_backward(dout, dlse, out, lse, *inputs, needs))
+    return tuple(next(gradients) if needed[name] else None for name in _INPUTS)
+
+
+flash_bias_forward.register_autograd(_backward, setup_context=_setup_context)
