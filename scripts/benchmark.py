@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-
-from pairformer_fast.bias import set_attention
-from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
-from pairformer_fast.inference.compare import compare_structures
-from pairformer_fast.inference.fasta import Job, read_fasta
-from pairformer_fast.inference.predict import Predictor
-from pairformer_fast.inference.report import PathReport
-from pairformer_fast.inference.settings import FoldSettings
-from pairformer_fast.inference.writer import write_mmcif
-from pairformer_fast.model.checkpoint import checkpoint_metadata, default_checkpoint, load_checkpoint
-from pairformer_fast.training.dataset import AntibodyDataset
-from pairformer_fast.training.evaluate import evaluate
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "data" / "benchmarks"
-AUTO = AttentionConfig()
-DENSE = AttentionConfig(backend=Backend.TORCH, bias=BiasMethod.DENSE)
-RANKS = (1, 8, 16, 32, 64)
-TOLERANCES = (0.3, 0.2, 0.1, 0.05, 0.02)
+from benchmark_rows import RESULTS, ROOT, write_rows
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -43,12 +21,10 @@ def fold(
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "fold.json",
 ) -> None:
     """Time, memory and change of structure of every way to treat the pair bias, against the reference."""
-    predictor = Predictor(FoldSettings())
-    variants = {"dense": DENSE, "auto": AUTO}
-    variants |= {f"svd, rank {r}": AttentionConfig(bias=BiasMethod.SVD, rank=r) for r in RANKS}
-    variants |= {f"svd, tolerance {t}": AttentionConfig(bias=BiasMethod.SVD, tolerance=t) for t in TOLERANCES}
-    rows = [row for job in read_fasta(fasta) for row in _fold_rows(predictor, job, variants, repeats)]
-    _write(output, rows)
+    from benchmark_folding import fold_rows
+
+    write_rows(output, fold_rows(fasta, repeats))
+    print(f"wrote {output}")
 
 
 @app.command()
@@ -58,74 +34,42 @@ def accuracy(
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "accuracy.json",
 ) -> None:
     """Accuracy on the hold-outs, with the reference and accelerated."""
-    path = default_checkpoint() if checkpoint is None else checkpoint
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_checkpoint(path).to(device)
-    rows = []
-    for split in ("val", "crystal"):
-        for name, attention in (("reference", AttentionConfig.reference()), ("pairformer_fast auto", AUTO)):
-            set_attention(model, attention)
-            result = evaluate(model, AntibodyDataset(data, split), device)
-            row = {"suite": "accuracy", "split": split, "impl": name, "recycles": model.config.recycles}
-            rows.append(row | result.summary() | {"scores": [asdict(score) for score in result.scores]} | _machine())
-            print({key: value for key, value in rows[-1].items() if key != "scores"}, flush=True)
-    _write(output, [{**row, "training": checkpoint_metadata(path)} for row in rows])
+    from benchmark_folding import accuracy_rows
+
+    write_rows(output, accuracy_rows(data, checkpoint))
+    print(f"wrote {output}")
 
 
-def _fold_rows(
-    predictor: Predictor, job: Job, variants: dict[str, AttentionConfig], repeats: int
-) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        reference = Path(folder) / "reference.cif"
-        for name, attention in {"reference": AttentionConfig.reference(), **variants}.items():
-            runs = [predictor.predict(job, attention) for _ in range(repeats)]
-            best = min(runs, key=lambda run: run.usage.seconds)
-            path = reference if name == "reference" else Path(folder) / "structure.cif"
-            write_mmcif(path, job, best.prediction, name)
-            comparison = compare_structures(path, reference)
-            row = {
-                "suite": "fold",
-                "op": "fold",
-                "impl": name if name == "reference" else f"pairformer_fast {name}",
-                "id": job.id,
-                "n": job.length,
-                "recycles": predictor.recycles,
-                "dtype": predictor.precision,
-                **PathReport.of(best).model_dump(),
-                "ca_rmsd": round(comparison.ca_rmsd, 4),
-                "lddt_ca": comparison.lddt_ca,
-                **_machine(),
-            }
-            print(*(f"{key}={row[key]}" for key in ("id", "impl", "n", "seconds", "ca_rmsd", "lddt_ca")), flush=True)
-            yield row
+@app.command()
+def attention(
+    only: Annotated[str, typer.Option(help="Sections, comma-separated; 'extra' is all but targets.")] = "",
+    sizes: Annotated[str, typer.Option(help="Values of N, comma-separated; all if omitted.")] = "",
+    impl: Annotated[str, typer.Option(help="Implementations, shell patterns, comma-separated.")] = "*",
+    direction: Annotated[str, typer.Option(help="fwd or fwdbwd; both if omitted.")] = "",
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that --output has.")] = False,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "attention.json",
+) -> None:
+    """Attention with a pair bias on one GPU, side by side with every peer that is installed."""
+    from benchmark_attention import DeviceLost, Selection, run
 
-
-def _machine() -> dict[str, Any]:
     try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+        chosen = Selection.parse(only, sizes, impl, direction)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not torch.cuda.is_available():
+        typer.echo("error: the attention suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)
+        raise typer.Exit(2)
+    try:
+        failed = run(chosen, output, commit, resume)
+    except DeviceLost:
+        # A kernel that reads out of bounds takes the CUDA context with it: the rest needs a fresh process.
+        sys.stdout.flush()
+        os.execv(sys.executable, [*sys.orig_argv, *([] if resume else ["--resume"])])
+    print(f"wrote {output}")
+    if failed:
+        typer.echo(f"error: no valid result for {len(failed)} of our own rows: {', '.join(failed)}", err=True)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
