@@ -1,6 +1,6 @@
 """flash_bias_attention against an independent fp64 oracle that drops masked keys by indexing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -19,7 +19,7 @@ BIASES = ["none", "dense", "factors"]
 
 def shape_id(shape):
     return "-".join(
-        f"{letter}{size}" for letter, size in zip("BINHD" if len(shape) == 5 else "BNHD", shape, strict=True)
+        f"{letter}{size}" for letter, size in zip({4: "BNHD", 5: "BINHD", 6: "ABINHD"}[len(shape)], shape, strict=True)
     )
 
 
@@ -30,33 +30,63 @@ class Case:
     v: Tensor
     tables: dict[str, Tensor]
     mask: Tensor | None
+    pair_mask: Tensor | None = None
+    gate: Tensor | None = None
+    dense_tiles: Tensor | None = None
 
     def leaves(self) -> dict[str, Tensor]:
-        return {"q": self.q, "k": self.k, "v": self.v, **self.tables}
+        gate = {} if self.gate is None else {"gate": self.gate}
+        return {"q": self.q, "k": self.k, "v": self.v, **self.tables, **gate}
+
+    def having(self, leaves: dict[str, Tensor]) -> "Case":
+        """The same case of other leaves."""
+        tables = {name: leaves[name] for name in self.tables}
+        return replace(self, **{name: x for name, x in leaves.items() if name not in tables}, tables=tables)
 
     def to(self, dtype: torch.dtype) -> "Case":
         """Leaves of the same values, recording gradients, in another dtype."""
-        q, k, v, *tables = (x.detach().to(dtype).requires_grad_() for x in self.leaves().values())
-        return Case(q, k, v, dict(zip(self.tables, tables, strict=True)), self.mask)
+        return self.having({name: x.detach().to(dtype).requires_grad_() for name, x in self.leaves().items()})
 
-    def attend(self, backend: Backend) -> Tensor:
-        bias = Factors(**self.tables) if "phi_q" in self.tables else self.tables.get("bias")
-        return flash_bias_attention(self.q, self.k, self.v, bias, self.mask, backend)
+    def attend(self, backend: Backend, **arguments) -> Tensor:
+        bias = self.tables.get("bias")
+        if "phi_q" in self.tables:
+            bias = Factors(**self.tables, dense_tiles=self.dense_tiles)
+        return flash_bias_attention(
+            self.q, self.k, self.v, bias, self.mask, backend, pair_mask=self.pair_mask, gate=self.gate, **arguments
+        )
 
 
-def make_case(shape, bias="none", mask="none", dtype=torch.float64, rank=5, seed=0) -> Case:
+def make_case(
+    shape, bias="none", mask="none", dtype=torch.float64, rank=5, seed=0, keys=None, pair_mask=False, gate=False
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    batch, tokens, heads = shape[0], shape[-3], shape[-2]
+    queries, heads = shape[-3:-1]
+    keys = keys or queries
+    leading = shape[: max(1, len(shape) - 4)]
     tables = {}
+    dense_tiles = None
     if bias == "dense":
-        tables = {"bias": draw(batch, heads, tokens, tokens)}
-    elif bias == "factors":
-        tables = {"phi_q": draw(batch, heads, tokens, rank), "phi_k": draw(batch, heads, tokens, rank)}
-    return Case(*(draw(*shape) for _ in range(3)), tables, make_mask(mask, shape[:-2], generator))
+        tables = {"bias": draw(*leading, heads, queries, keys)}
+    elif bias != "none":
+        tables = {"phi_q": draw(*leading, heads, queries, rank), "phi_k": draw(*leading, heads, keys, rank)}
+    if bias in ("table", "mixed"):
+        tables["table"] = draw(heads, 7)
+    if bias == "mixed":
+        tables["dense"] = draw(*leading, heads, queries, keys)
+        dense_tiles = torch.rand(*leading, heads, -(-queries // 64), -(-keys // 64), generator=generator) < 0.5
+    sizes = [(*shape[:-3], tokens, *shape[-2:]) for tokens in (queries, keys, keys)]
+    return Case(
+        *(draw(*size) for size in sizes),
+        tables,
+        make_mask(mask, (*shape[:-3], keys), generator),
+        torch.rand(*leading, queries, keys, generator=generator) < 0.3 if pair_mask else None,
+        draw(*shape) if gate else None,
+        dense_tiles,
+    )
 
 
 def make_mask(kind, shape, generator):
@@ -73,24 +103,50 @@ def make_mask(kind, shape, generator):
     return mask
 
 
-def oracle(case: Case) -> Tensor:
-    q, k, v = (x if x.ndim == 5 else x.unsqueeze(1) for x in (case.q, case.k, case.v))
-    mask = case.mask
-    if mask is None:
-        mask = torch.ones(case.q.shape[:-2], dtype=torch.bool)
-    mask = mask.reshape(q.shape[:3])
-    bias = case.tables.get("bias")
-    if "phi_q" in case.tables:
-        bias = case.tables["phi_q"] @ case.tables["phi_k"].mT
-    heads = []
-    for b, i, h in product(range(q.shape[0]), range(q.shape[1]), range(q.shape[3])):
-        keys = mask[b, i].nonzero().squeeze(1)
-        logits = q[b, i, :, h] @ k[b, i, keys, h].T / q.shape[-1] ** 0.5
-        if bias is not None:
-            logits = logits + bias[b, h][:, keys]
-        heads.append(logits.softmax(-1) @ v[b, i, keys, h])
-    out = torch.stack(heads).reshape(*q.shape[:2], q.shape[3], q.shape[2], q.shape[4]).transpose(2, 3)
-    return out.reshape(case.q.shape)
+def oracle(case: Case) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the keys that are kept, one row and head at a time."""
+    shape, keys = case.q.shape, case.k.shape[-3]
+    single = len(shape) == 4
+    batch = shape[0] if single else shape[:-4].numel()
+    rows = 1 if single else shape[-4]
+    q, k, v = (x.reshape(batch, rows, *x.shape[-3:]) for x in (case.q, case.k, case.v))
+    keep = torch.ones(batch, rows, shape[-3], keys, dtype=torch.bool)
+    if case.mask is not None:
+        keep &= case.mask.reshape(batch, rows, 1, keys)
+    if case.pair_mask is not None:
+        keep &= case.pair_mask.reshape(batch, 1, -1, keys)
+    bias = oracle_bias(case, batch)
+    out, lse = torch.zeros_like(q), q.new_zeros(batch, rows, shape[-2], shape[-3])
+    queries = list(range(shape[-3]))
+    blocks = [queries] if case.pair_mask is None else [[n] for n in queries]
+    for b, i, h, block in product(range(batch), range(rows), range(shape[-2]), blocks):
+        kept = keep[b, i, block[0]].nonzero().squeeze(1)
+        logits = q[b, i, block, h] @ k[b, i, kept, h].T / shape[-1] ** 0.5 + bias[b, h, block][:, kept]
+        out[b, i, block, h] = logits.softmax(-1) @ v[b, i, kept, h]
+        lse[b, i, h, block] = logits.logsumexp(-1)
+    out = out.reshape(shape)
+    return out if case.gate is None else out / (1 + (-case.gate).exp()), lse.reshape(*shape[:-3], shape[-2], shape[-3])
+
+
+def oracle_bias(case: Case, batch: int) -> Tensor:
+    queries, heads = case.q.shape[-3:-1]
+    keys = case.k.shape[-3]
+    if not case.tables:
+        return case.q.new_zeros(batch, heads, queries, keys)
+    if "bias" in case.tables:
+        return case.tables["bias"].reshape(batch, heads, queries, keys)
+    bias = (case.tables["phi_q"] @ case.tables["phi_k"].mT).reshape(batch, heads, queries, keys)
+    if "table" in case.tables:
+        reach = case.tables["table"].shape[1] // 2
+        offsets = [[max(-reach, min(reach, n - m)) + reach for m in range(keys)] for n in range(queries)]
+        bias = bias + case.tables["table"][:, torch.tensor(offsets)]
+    if case.dense_tiles is not None:
+        dense = case.tables["dense"].reshape(bias.shape)
+        flags = case.dense_tiles.reshape(batch, heads, -1, case.dense_tiles.shape[-1])
+        for b, h, n, m in flags.nonzero().tolist():
+            tile = b, h, slice(64 * n, 64 * n + 64), slice(64 * m, 64 * m + 64)
+            bias[tile] = dense[tile]
+    return bias
 
 
 def assert_close(name, got, want, max_error, mean_error):
@@ -112,7 +168,7 @@ def test_forward_and_gradients_match_oracle(shape, mask, bias, backend, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     max_error, mean_error = (1e-12, 1e-13) if dtype == torch.float64 else (1e-5, 1e-6)
 
-    out, want = case.attend(backend), oracle(truth)
+    out, (want, _) = case.attend(backend), oracle(truth)
     assert out.dtype == dtype
     assert out.shape == case.q.shape
     assert_close("output", out, want, max_error, mean_error)
@@ -121,6 +177,104 @@ def test_forward_and_gradients_match_oracle(shape, mask, bias, backend, dtype):
     wants = torch.autograd.grad((want * weight.double()).sum(), truth.leaves().values())
     for name, got, want in zip(case.leaves(), grads, wants, strict=True):
         assert_close(f"gradient of {name}", got, want, max_error, mean_error)
+
+
+FEATURES = {
+    "fewer_keys": {"bias": "dense", "keys": 9},
+    "more_keys": {"bias": "factors", "keys": 29},
+    "table": {"bias": "table"},
+    "table_fewer_keys": {"bias": "table", "keys": 3},
+    "table_more_keys": {"bias": "table", "keys": 29},
+    "pair_mask": {"pair_mask": True},
+    "pair_mask_dense": {"bias": "dense", "pair_mask": True},
+    "pair_mask_factors": {"bias": "factors", "pair_mask": True},
+    "gate": {"bias": "factors", "gate": True},
+    "everything": {"bias": "mixed", "keys": 29, "pair_mask": True, "gate": True},
+}
+
+
+def check_against_oracle(case: Case, backend: Backend) -> None:
+    truth = case.to(torch.float64)
+    leaves = case.leaves().values()
+    weight = torch.randn(case.q.shape, generator=torch.Generator().manual_seed(1), dtype=case.q.dtype)
+    out, (want, _) = case.attend(backend), oracle(truth)
+    assert_close("output", out, want, 1e-5, 1e-6)
+    grads = torch.autograd.grad((out * weight).sum(), leaves)
+    wants = torch.autograd.grad((want * weight.double()).sum(), truth.leaves().values())
+    for name, got, want in zip(case.leaves(), grads, wants, strict=True):
+        assert_close(f"gradient of {name}", got, want, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("mask", ["none", "padded", "empty_rows"])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 2, 8), (2, 17, 3, 24), (2, 2, 3, 5, 2, 8)], ids=shape_id)
+def test_features_match_oracle(shape, mask, feature, backend):
+    check_against_oracle(make_case(shape, mask=mask, dtype=torch.float32, **FEATURES[feature]), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "keys"), [(70, 70), (64, 129), (130, 63)])
+def test_flagged_tiles_take_the_dense_bias(tokens, keys, backend):
+    case = make_case((1, 2, tokens, 2, 8), "mixed", "holes", torch.float32, keys=keys)
+    assert case.dense_tiles.any()
+    assert not case.dense_tiles.all()
+    check_against_oracle(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_bias_outside_flagged_tiles_is_never_read(backend):
+    case = make_case((1, 2, 70, 2, 8), "mixed", dtype=torch.float32)
+    want = case.attend(backend)
+    unflagged = ~case.dense_tiles.repeat_interleave(64, -2).repeat_interleave(64, -1)[..., :70, :70]
+    with torch.no_grad():
+        case.tables["dense"][unflagged] = torch.nan
+    got = case.attend(backend)
+    assert torch.equal(got, want)
+    for name, grad in zip(case.leaves(), torch.autograd.grad(got.sum(), case.leaves().values()), strict=True):
+        assert grad.isfinite().all(), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 17, 2, 8), (2, 17, 3, 24), (2, 2, 3, 5, 2, 8)], ids=shape_id)
+@pytest.mark.parametrize("mask", ["none", "empty_rows"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_log_sum_exp_matches_oracle(feature, mask, shape):
+    case = make_case(shape, mask=mask, dtype=torch.float32, **FEATURES[feature])
+    truth = case.to(torch.float64)
+    (out, lse), (_, want) = case.attend(Backend.REFERENCE, return_lse=True), oracle(truth)
+    assert torch.equal(out, case.attend(Backend.REFERENCE))
+    assert lse.dtype == torch.float32
+    assert lse.shape == want.shape
+    empty = want == -torch.inf
+    assert (lse[empty] == -torch.inf).all()
+    assert_close("log-sum-exp", lse[~empty], want[~empty], 1e-5, 1e-6)
+    grads, wants = (
+        torch.autograd.grad(x[~empty].sin().sum(), leaves, allow_unused=True, materialize_grads=True)
+        for x, leaves in ((lse, case.leaves().values()), (want, truth.leaves().values()))
+    )
+    for name, got, want in zip(case.leaves(), grads, wants, strict=True):
+        assert_close(f"gradient of {name}", got, want, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_in_half_precision(feature, dtype, backend):
+    case = make_case((2, 3, 17, 2, 8), mask="holes", dtype=dtype, **FEATURES[feature])
+    step = torch.finfo(dtype).eps
+    with torch.no_grad():
+        assert_close("output", case.attend(backend), oracle(case.to(torch.float64))[0], 6 * step, step)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_table_may_be_fp32_beside_a_half_precision_bias(backend):
+    case = make_case((1, 2, 17, 2, 8), "table", dtype=torch.float16)
+    want = case.attend(backend)
+    case.tables["table"] = case.tables["table"].detach().float().requires_grad_()
+    got = case.attend(backend)
+    assert torch.equal(got, want)
+    (grad,) = torch.autograd.grad(got.sum(), case.tables["table"])
+    assert grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,7 +312,7 @@ def test_half_precision(mask, bias, backend, dtype):
     case = make_case((2, 5, 63, 2, 32), bias, mask, dtype)
     step = torch.finfo(dtype).eps
     with torch.no_grad():
-        assert_close("output", case.attend(backend), oracle(case.to(torch.float64)), 6 * step, step)
+        assert_close("output", case.attend(backend), oracle(case.to(torch.float64))[0], 6 * step, step)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -166,7 +320,7 @@ def test_huge_bias_is_exact_argmax(backend):
     case = make_case((1, 3, 17, 2, 8), "dense", "holes", torch.float32)
     with torch.no_grad():
         case.tables["bias"].mul_(1e4)
-        assert_close("output", case.attend(backend), oracle(case.to(torch.float64)), 1e-5, 1e-6)
+        assert_close("output", case.attend(backend), oracle(case.to(torch.float64))[0], 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -174,8 +328,19 @@ def test_huge_bias_is_exact_argmax(backend):
 def test_gradcheck_of_reference(bias, mask):
     case = make_case((2, 3, 4, 2, 3), bias, mask, rank=2)
 
-    def attend(q, k, v, *tables):
-        return Case(q, k, v, dict(zip(case.tables, tables, strict=True)), case.mask).attend(Backend.REFERENCE)
+    def attend(*leaves):
+        return case.having(dict(zip(case.leaves(), leaves, strict=True))).attend(Backend.REFERENCE)
+
+    assert torch.autograd.gradcheck(attend, tuple(case.leaves().values()))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_gradcheck_of_reference_with_log_sum_exp(feature):
+    case = make_case((1, 2, 4, 2, 3), mask="holes", rank=2, **{**FEATURES[feature], "keys": 5})
+
+    def attend(*leaves):
+        out, lse = case.having(dict(zip(case.leaves(), leaves, strict=True))).attend(Backend.REFERENCE, return_lse=True)
+        return out, lse.masked_fill(lse.isinf(), 0)
 
     assert torch.autograd.gradcheck(attend, tuple(case.leaves().values()))
 
@@ -242,42 +407,3 @@ def test_autocast_does_not_lower_precision(backend):
         want = case.attend(backend)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(case.attend(backend), want)
-
-
-def test_auto_is_torch_and_unknown_backends_are_named():
-    case = make_case((1, 3, 17, 2, 24), "factors")
-    assert torch.equal(case.attend(Backend.AUTO), case.attend(Backend.TORCH))
-    with pytest.raises(ValueError, match="cudnn"):
-        case.attend("cudnn")
-
-
-def replace(**changes):
-    case = make_case((2, 3, 7, 2, 8), "dense", "holes", torch.float32)
-    arguments = {"q": case.q, "k": case.k, "v": case.v, "bias": case.tables["bias"], "mask": case.mask}
-    return {**arguments, **changes}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"q": torch.zeros(3, 7, 2)}, ValueError, ["q", "[3, 7, 2]"]),
-        ({"q": torch.zeros(2, 3, 7, 2, 8, dtype=torch.int64)}, TypeError, ["q", "int64"]),
-        ({"q": torch.zeros(2, 0, 7, 2, 8)}, ValueError, ["q", "[2, 0, 7, 2, 8]"]),
-        ({"k": torch.zeros(2, 3, 6, 2, 8)}, ValueError, ["k", "[2, 3, 7, 2, 8]", "[2, 3, 6, 2, 8]"]),
-        ({"v": torch.zeros(2, 3, 7, 2, 8).double()}, TypeError, ["v", "float32", "float64"]),
-        ({"v": torch.zeros(2, 3, 7, 2, 8, device="meta")}, ValueError, ["v", "cpu", "meta"]),
-        ({"bias": torch.zeros(2, 2, 7, 6)}, ValueError, ["bias", "[2, 2, 7, 7]", "[2, 2, 7, 6]"]),
-        ({"bias": torch.zeros(2, 2, 7, 7).bfloat16()}, TypeError, ["bias", "float32", "bfloat16"]),
-        ({"bias": 1.0}, TypeError, ["bias", "float"]),
-        ({"bias": Factors(torch.zeros(2, 2, 7, 4), torch.zeros(2, 2, 7, 5))}, ValueError, ["phi_q", "phi_k", "4", "5"]),
-        ({"bias": Factors(torch.zeros(2, 2, 6, 4), torch.zeros(2, 2, 7, 4))}, ValueError, ["phi_q", "[2, 2, 6, 4]"]),
-        ({"bias": Factors(torch.zeros(2, 2, 7, 0), torch.zeros(2, 2, 7, 0))}, ValueError, ["phi_q", "R >= 1"]),
-        ({"mask": torch.ones(2, 3, 7)}, TypeError, ["mask", "bool", "float32"]),
-        ({"mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, ["mask", "[2, 3, 7]", "[2, 7]"]),
-    ],
-)
-def test_errors_name_argument_and_values(changes, error, words):
-    with pytest.raises(error) as caught:
-        flash_bias_attention(**replace(**changes))
-    for word in words:
-        assert word in str(caught.value)
