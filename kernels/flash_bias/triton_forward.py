@@ -73,7 +73,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Attention of ``BLOCK_M`` queries of ``GROUP`` rows with all keys, one tile of the bias for all of them."""
-    # Triton 3.6 forgets in loops that a stride passed in a tuple is 1, unless the tuple was made here.
+    # Triton 3.6 forgets in loops and branches that a stride passed in a tuple is 1, unless the tuple was made here.
     q, k, v, gate, out = Tokens(*q), Tokens(*k), Tokens(*v), Tokens(*gate), Tokens(*out)
     mask, lse = Rows(*mask), Rows(*lse)
     phi_q, phi_k, table = Matrix(*bias.phi_q), Matrix(*bias.phi_k), Matrix(*bias.table)
