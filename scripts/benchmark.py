@@ -65,7 +65,7 @@ def attention(
     except DeviceLost:
         # A kernel that reads out of bounds takes the CUDA context with it: the rest needs a fresh process.
         sys.stdout.flush()
-        os.execv(sys.executable, [*sys.orig_argv, *([] if resume else ["--resume"])])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *([] if resume else ["--resume"])])
     print(f"wrote {output}")
     if failed:
         typer.echo(f"error: no valid result for {len(failed)} of our own rows: {', '.join(failed)}", err=True)

@@ -277,10 +277,7 @@ def _view(library: ModuleType, sizes: int, strides: int, x: Tensor) -> Any:
 
 
 IMPLEMENTATIONS = (
-    *(
-        Implementation(f"pairformer_fast {'no bias' if kind is Kind.NONE else kind}", kind, _ours(kind))
-        for kind in Kind
-    ),
+    *(Implementation(f"pairformer_fast {kind}", kind, _ours(kind)) for kind in Kind),
     Implementation("SDPA flash, no bias", Kind.NONE, sdpa_no_bias),
     Implementation("SDPA flash, factors concatenated", Kind.FACTORS, sdpa_concatenated),
     Implementation("SDPA memory-efficient, bias as mask", Kind.DENSE, _sdpa_mask(SDPBackend.EFFICIENT_ATTENTION)),

@@ -18,7 +18,7 @@ SAMPLED_ROWS = 4
 class Kind(StrEnum):
     """Form in which an implementation is given the pair bias."""
 
-    NONE = "none"
+    NONE = "no bias"
     FACTORS = "factors"
     STRUCTURED = "structured"
     MIXED = "mixed"

@@ -137,6 +137,39 @@ def test_selection(script) -> None:
             module.Selection.parse(*options)
 
 
+def test_run_survives_a_lost_device(script, ours, meter, problem, tmp_path: Path, monkeypatch) -> None:
+    """What was measured is on disk when a kernel takes the device with it; resuming measures the rest only."""
+    module, gpu = script("benchmark_attention"), script("benchmark_gpu")
+    ceilings = gpu.Ceilings(copy=3e12, matmul=700e12, clock=1.755e9, exp2=132 * 16 * 1.755e9)
+    monkeypatch.setattr(module, "cases", lambda: [replace(problem.case, kinds=("no bias", "factors", "dense"))])
+    monkeypatch.setattr(module, "Problem", lambda case, device: type(problem)(case, torch.device("cpu")))
+    monkeypatch.setattr(module, "Stopwatch", lambda: meter)
+    monkeypatch.setattr(module.Ceilings, "measure", lambda stopwatch: ceilings)
+    measured = []
+    monkeypatch.setattr(meter, "peak_bytes", lambda call: measured.append(call) or 0)
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    selection = module.Selection.parse("", "", "pairformer_fast*", "")
+    output = tmp_path / "attention.json"
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(module.DeviceLost):
+        module.run(selection, output, "abc", False)
+    before = json.loads(output.read_text())
+    assert [row["impl"] for row in before if row["op"] == "triangle_attention"] == ["pairformer_fast no bias"]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert module.run(selection, output, "abc", True) == []
+    rows = json.loads(output.read_text())
+    assert rows[: len(before)] == before
+    names = [row["impl"] for row in rows if row["op"] == "triangle_attention"]
+    assert names == ["pairformer_fast no bias", "pairformer_fast factors", "pairformer_fast dense"]
+    assert len(measured) == len(names)
+    assert sum(row["op"] == "floor" for row in rows) == 3
+    assert all(row["suite"] == "attention" and row["commit"] == "abc" and row["device"] for row in rows)
+
+
 def test_floor_of_the_largest_target(script) -> None:
     """Known by hand: N = 1024 has 4 * 2^30 scores and 128 operations of each in the forward's two products."""
     problem, gpu = script("benchmark_problem"), script("benchmark_gpu")
