@@ -15,6 +15,9 @@ from pairformer_fast.kernels.flash_bias.terms import BiasTerms
 DIFFERENTIABLE = ("q", "k", "v", "dense", "phi_q", "phi_k", "table", "gate")
 """Inputs that may have a gradient, in the order in which the backward operator returns them."""
 
+MAX_RANK = 128
+"""Widest factors that the kernels hold on chip. Wider ones cost more than the table that they stand for."""
+
 _INPUTS = ("q", "k", "v", "dense", "phi_q", "phi_k", "table", "dense_tiles", "mask", "pair_mask", "gate")
 
 
@@ -28,6 +31,9 @@ def attention(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and logarithm of the softmax denominators; arguments in the triangle layout of the api."""
+    if terms.phi_q is not None and terms.phi_q.shape[-1] > MAX_RANK:
+        table = terms.additive(torch.float32)
+        terms = BiasTerms(dense=None if table is None else table.to(q.dtype))
     return flash_bias_forward(q, k, v, *terms, mask, pair_mask, gate)
 
 
@@ -77,13 +83,13 @@ def flash_bias_backward(
     gate: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Contiguous gradients of those of ``DIFFERENTIABLE`` that ``needs``, in their order, flags."""
+    """Contiguous gradients of those of ``DIFFERENTIABLE`` that ``needs`` flags, in that order."""
     from pairformer_fast.kernels.flash_bias import triton_backward
 
     terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
     wanted = frozenset(name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed)
     gradients = triton_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, wanted)
-    return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
+    return [getattr(gradients, name) for name in DIFFERENTIABLE if name in wanted]
 
 
 @flash_bias_backward.register_fake

@@ -108,6 +108,16 @@ def test_other_layouts_are_those_of_the_reference(layout, device):
         assert_close(name, got, want[name])
 
 
+def test_factors_too_wide_for_the_kernel_become_a_table(device):
+    inputs = make_inputs("everything", device)
+    for name in ("phi_q", "phi_k"):
+        wide = inputs[name].detach().repeat(1, 1, 1, 44)[..., : operator.MAX_RANK + 1]
+        inputs[name] = (wide / 6).requires_grad_()
+    want = gradients(inputs, lambda inputs: attend(inputs, Backend.REFERENCE))
+    for name, got in gradients(inputs).items():
+        assert_close(name, got, want[name])
+
+
 @pytest.mark.parametrize("kind", ["dense", "everything"])
 def test_forward_operator_passes_opcheck(kind, device):
     torch.library.opcheck(operator.flash_bias_forward, operator_arguments(make_inputs(kind, device)))
