@@ -54,8 +54,8 @@ class Gradients(NamedTuple):
 class _Chunks(NamedTuple):
     """Consecutive rows that one program works through."""
 
-    count: int
-    rows: int
+    shares: int
+    rows_each: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def backward(
     with on_device(q):
         do, delta, grads["gate"] = _prepare(dout, dlse, out, lse, gate)
         problem = _Problem(q, k, v, do, lse, delta, terms, mask, pair_mask)
+        ends = None
         if needs & {"q", "phi_q", "table"}:
             grads["q"], grads["phi_q"], ends = _dq(problem, chosen["backward_dq"], needs, band_tile)
         if needs & {"k", "v", "phi_k"}:
@@ -203,11 +204,11 @@ def _dq(
     if needs & {"phi_q", "table"}:
         chunks = problem.chunks(programs, tiles.group)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    shares = _shares(phi_q, chunks) if "phi_q" in needs else None
+    shares = _shares(phi_q, chunks) if phi_q is not None and "phi_q" in needs else None
     ends = None
     if "table" in needs:
-        ends = torch.empty(batch * chunks.count, heads, 2, queries, dtype=torch.float32, device=q.device)
-    dq_kernel[(programs * chunks.count,)](
+        ends = torch.empty(batch * chunks.shares, heads, 2, queries, dtype=torch.float32, device=q.device)
+    dq_kernel[(programs * chunks.shares,)](
         *problem.operands,
         tokens(dq),
         matrix(shares),
@@ -219,7 +220,7 @@ def _dq(
         BAND_TILE=band_tile,
         **problem.options(tiles),
     )
-    return dq, _summed(shares, phi_q), ends
+    return dq, None if shares is None else _summed(shares, q), ends
 
 
 def _dkv(problem: _Problem, tiles: Tiles, needs: frozenset[str]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -231,8 +232,8 @@ def _dkv(problem: _Problem, tiles: Tiles, needs: frozenset[str]) -> tuple[Tensor
     if "phi_k" in needs:
         chunks = problem.chunks(programs, tiles.group)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    shares = _shares(phi_k, chunks) if "phi_k" in needs else None
-    dkv_kernel[(programs * chunks.count,)](
+    shares = _shares(phi_k, chunks) if phi_k is not None and "phi_k" in needs else None
+    dkv_kernel[(programs * chunks.shares,)](
         *problem.operands,
         tokens(dk),
         tokens(dv),
@@ -242,7 +243,7 @@ def _dkv(problem: _Problem, tiles: Tiles, needs: frozenset[str]) -> tuple[Tensor
         GROUP=tiles.group,
         **problem.options(tiles),
     )
-    return dk, dv, _summed(shares, phi_k)
+    return dk, dv, None if shares is None else _summed(shares, k)
 
 
 def _ddense(problem: _Problem, tiles: Tiles) -> Tensor:
@@ -252,11 +253,11 @@ def _ddense(problem: _Problem, tiles: Tiles) -> Tensor:
     batch, heads, queries, keys = dense.shape
     programs = triton.cdiv(queries, tiles.block_m) * triton.cdiv(keys, tiles.block_n) * heads * batch
     chunks = problem.chunks(programs, 1)
-    if chunks.count == 1:
+    if chunks.shares == 1:
         shares = torch.empty(dense.shape, dtype=dense.dtype, device=dense.device)
     else:
         shares = _shares(dense, chunks)
-    pairs_kernel[(programs * chunks.count,)](
+    pairs_kernel[(programs * chunks.shares,)](
         *problem.operands,
         matrix(shares),
         matrix(None),
@@ -265,21 +266,22 @@ def _ddense(problem: _Problem, tiles: Tiles) -> Tensor:
         0,
         **problem.options(tiles),
     )
-    return shares if chunks.count == 1 else _summed(shares, dense)
+    return shares if chunks.shares == 1 else _summed(shares, dense)
 
 
-def _dtable(problem: _Problem, tiles: Tiles, ends: Tensor) -> Tensor:
+def _dtable(problem: _Problem, tiles: Tiles, ends: Tensor | None) -> Tensor:
     """Gradient of the table: sums along the diagonals of the tiles around i = j, and of the rest of each query."""
     table, tile = problem.terms.table, tiles.block_n
     assert table is not None
+    assert ends is not None
     batch, _, queries, heads, _ = problem.q.shape
     far, band = _band_tiles(problem.terms, tile), table.shape[-1] // 2
     row_blocks, slots = triton.cdiv(queries, tile), 2 * far + 1
     programs = row_blocks * slots * heads * batch
     chunks = problem.chunks(programs, 1)
-    size = batch * chunks.count * row_blocks, heads, slots, 2 * tile
+    size = batch * chunks.shares * row_blocks, heads, slots, 2 * tile
     diagonals = torch.empty(size, dtype=torch.float32, device=table.device)
-    pairs_kernel[(programs * chunks.count,)](
+    pairs_kernel[(programs * chunks.shares,)](
         *problem.operands,
         matrix(None),
         matrix(diagonals),
@@ -307,11 +309,9 @@ def _band_tiles(terms: BiasTerms, tile: int) -> int:
 
 
 def _shares(of: Tensor, chunks: _Chunks) -> Tensor:
-    return torch.empty(of.shape[0] * chunks.count, *of.shape[1:], dtype=torch.float32, device=of.device)
+    return torch.empty(of.shape[0] * chunks.shares, *of.shape[1:], dtype=torch.float32, device=of.device)
 
 
-def _summed(shares: Tensor | None, of: Tensor | None) -> Tensor | None:
-    """One gradient of the shares of all chunks, always added in the same order."""
-    if shares is None or of is None:
-        return None
-    return shares.unflatten(0, (of.shape[0], -1)).sum(1).to(of.dtype)
+def _summed(shares: Tensor, like: Tensor) -> Tensor:
+    """One gradient from the shares of all chunks, always added in the same order."""
+    return shares.unflatten(0, (like.shape[0], -1)).sum(1).to(like.dtype)

@@ -22,7 +22,6 @@ from pairformer_fast.kernels.flash_bias.triton_tiles import Tiles, tile_sizes
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 FLAG_TILE: tl.constexpr = tl.constexpr(TILE)
-MAX_RANK = 128
 
 
 class Tokens(NamedTuple):
@@ -165,7 +164,9 @@ def load_tile(p_x, stride, stride_d, start, length, WIDTH: tl.constexpr, BLOCK: 
     o_x = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     m_x = (o_x[:, None] < length - start) & (o_d[None, :] < WIDTH)
-    p_tile = p_x + tl.cast(start, tl.int64) * stride + o_x[:, None] * stride + o_d[None, :] * stride_d
+    p_tile = (
+        p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride + o_d[None, :] * stride_d
+    )
     return tl.load(p_tile, mask=m_x, other=0.0)  # [BLOCK, BLOCK_D]
 
 
@@ -186,7 +187,9 @@ def store_tile(
     o_x = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
     m_x = (o_x[:, None] < length - start) & (o_d[None, :] < WIDTH)
-    p_tile = p_x + tl.cast(start, tl.int64) * stride + o_x[:, None] * stride + o_d[None, :] * stride_d
+    p_tile = (
+        p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride + o_d[None, :] * stride_d
+    )
     tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_x)
 
 
@@ -202,8 +205,8 @@ def load_vector(x, i_b, i_i, i_h, start, length, other, BLOCK: tl.constexpr):
 def load_pairs(x, i_b, i_h, o_m, o_n, start_m, start_n, N, M):
     """Tile of a ``[B, H, N, M]`` tensor; ``o_m`` and ``o_n`` broadcast against each other in either order."""
     p_x = matrix_pointer(x, i_b, i_h) + tl.cast(start_m, tl.int64) * x.x + tl.cast(start_n, tl.int64) * x.y
-    m_x = (o_m < N) & (o_n < M)
-    return tl.load(p_x + (o_m - start_m) * x.x + (o_n - start_n) * x.y, mask=m_x, other=0)
+    p_tile = p_x + tl.cast(o_m - start_m, tl.int64) * x.x + tl.cast(o_n - start_n, tl.int64) * x.y
+    return tl.load(p_tile, mask=(o_m < N) & (o_n < M), other=0)
 
 
 @triton.jit
