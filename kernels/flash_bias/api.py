@@ -153,8 +153,7 @@ def flash_bias_attention(
         mask, pair_mask, gate = (None if x is None else x.flatten(0, last) for x in (mask, pair_mask, gate))
         terms = terms.flatten(last)
 
-    with torch.autocast(q.device.type, enabled=False):
-        out, lse = _attend(backend, q, k, v, terms, mask, pair_mask, gate, return_lse)
+    out, lse = _attend(backend, q, k, v, terms, mask, pair_mask, gate, return_lse)
     out = out.reshape(shape)
     if lse is None:
         return out
@@ -218,18 +217,17 @@ def _attend(
     gate: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    match backend:
-        case Backend.TRITON:
-            from pairformer_fast.kernels.flash_bias import operator
+    if backend is Backend.TRITON:
+        from pairformer_fast.kernels.flash_bias import operator
 
-            out, lse = operator.attention(q, k, v, terms, mask, pair_mask, gate)
-            return out, lse if return_lse else None
-        case Backend.REFERENCE:
-            from pairformer_fast.kernels.flash_bias import reference
-
-            out = reference.attention(q, k, v, terms, mask, pair_mask, gate)
-            return out, reference.log_sum_exp(q, k, terms, mask, pair_mask) if return_lse else None
-        case _:
+        out, lse = operator.attention(q, k, v, terms, mask, pair_mask, gate)
+        return out, lse if return_lse else None
+    with torch.autocast(q.device.type, enabled=False):
+        if backend is Backend.TORCH:
             from pairformer_fast.kernels.flash_bias import torch_sdpa
 
             return torch_sdpa.attention(q, k, v, terms, mask, pair_mask, gate), None
+        from pairformer_fast.kernels.flash_bias import reference
+
+        out = reference.attention(q, k, v, terms, mask, pair_mask, gate)
+        return out, reference.log_sum_exp(q, k, terms, mask, pair_mask) if return_lse else None

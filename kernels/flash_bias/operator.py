@@ -32,7 +32,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and logarithm of the softmax denominators; arguments in the triangle layout of the api."""
     if terms.phi_q is not None and terms.phi_q.shape[-1] > MAX_RANK:
-        table = terms.additive(torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            table = terms.additive(torch.float32)
         terms = BiasTerms(dense=None if table is None else table.to(q.dtype))
     return flash_bias_forward(q, k, v, *terms, mask, pair_mask, gate)
 

@@ -76,7 +76,7 @@ def _batch(q: Tensor) -> tuple[int, ...]:
 
 def _check_shape(name: str, x: Tensor, layout: str, sizes: Sequence[int | None], q: Tensor) -> None:
     """``layout`` is of the triangle form, one letter for each of ``sizes``; None is any size."""
-    if x.ndim == len(sizes) and all(want in (None, got) for want, got in zip(sizes, x.shape, strict=True)):
+    if _fits(x.shape, sizes):
         return
     letters = layout.split()
     if q.ndim == 4 and "I" in letters:
@@ -85,6 +85,15 @@ def _check_shape(name: str, x: Tensor, layout: str, sizes: Sequence[int | None],
         letters[0] = "*"
     want = ", ".join(letters[i - len(sizes)] if size is None else str(size) for i, size in enumerate(sizes))
     raise ValueError(f"{name} must be [{', '.join(letters)}] = [{want}] to fit q and k, but got {list(x.shape)}")
+
+
+def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for got, want in zip(shape, sizes, strict=True):  # noqa: SIM110 -- a generator would double the time of all checks
+        if want is not None and got != want:
+            return False
+    return True
 
 
 def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
