@@ -20,13 +20,14 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     bias_tile,
     dense_queries,
     load_factors,
-    load_tile,
+    load_tokens,
     load_vector,
     locate,
     matrix_pointer,
-    store_tile,
+    row_pointer,
+    store_factors,
+    store_tokens,
     tile_flags,
-    token_pointer,
 )
 
 
@@ -63,8 +64,8 @@ def prepare_kernel(
     """``delta = rowsum(dout out) - dlse``; through the gate, ``do = dout sigmoid(gate)`` and the gate's gradient."""
     start_m, i_h, i_rest = locate(tl.program_id(0), tl.cdiv(N, BLOCK_M), H, BLOCK_M)
     i_b, i_i = i_rest // ROWS, i_rest % ROWS
-    b_dout = load_tile(token_pointer(dout, i_b, i_i, i_h), dout.n, dout.d, start_m, N, D, BLOCK_M, BLOCK_D)
-    b_out = load_tile(token_pointer(out, i_b, i_i, i_h), out.n, out.d, start_m, N, D, BLOCK_M, BLOCK_D)
+    b_dout = load_tokens(dout, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
+    b_out = load_tokens(out, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
     b_product = b_dout.to(tl.float32) * b_out.to(tl.float32)  # [BM, BD]
     b_delta = tl.sum(b_product, 1)
     if dlse.pointer is not None:
@@ -73,14 +74,14 @@ def prepare_kernel(
     b_lse = load_vector(lse, i_b, i_i, i_h, start_m, N, 0.0, BLOCK_M)
     b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
     o_x = start_m + tl.arange(0, BLOCK_M)
-    tl.store(token_pointer(delta, i_b, i_i, i_h) + o_x * delta.n, b_delta, mask=o_x < N)
+    tl.store(row_pointer(delta, i_b, i_i, i_h) + o_x * delta.n, b_delta, mask=o_x < N)
     if gate.pointer is not None:
-        b_gate = load_tile(token_pointer(gate, i_b, i_i, i_h), gate.n, gate.d, start_m, N, D, BLOCK_M, BLOCK_D)
+        b_gate = load_tokens(gate, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
         b_open = tl.sigmoid(b_gate.to(tl.float32))
         b_do = b_dout.to(tl.float32) * b_open
-        store_tile(token_pointer(do, i_b, i_i, i_h), do.n, do.d, b_do, start_m, N, D, BLOCK_M, BLOCK_D)
+        store_tokens(do, b_do, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
         b_dgate = b_product * (1.0 - b_open)
-        store_tile(token_pointer(dgate, i_b, i_i, i_h), dgate.n, dgate.d, b_dgate, start_m, N, D, BLOCK_M, BLOCK_D)
+        store_tokens(dgate, b_dgate, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
@@ -137,8 +138,8 @@ def dq_kernel(
         for g in tl.static_range(GROUP):
             i_i = tl.minimum(i_first + g, ROWS - 1)
             present = tl.where(i_first + g < end_row, N, 0)
-            qs = append(qs, load_tile(token_pointer(q, i_b, i_i, i_h), q.n, q.d, start_m, N, D, BLOCK_M, BLOCK_D))
-            dos = append(dos, load_tile(token_pointer(do, i_b, i_i, i_h), do.n, do.d, start_m, N, D, BLOCK_M, BLOCK_D))
+            qs = append(qs, load_tokens(q, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D))
+            dos = append(dos, load_tokens(do, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D))
             lses = append(lses, load_lse(lse, i_b, i_i, i_h, start_m, present, BLOCK_M)[:, None])
             deltas = append(deltas, load_vector(delta, i_b, i_i, i_h, start_m, N, 0.0, BLOCK_M)[:, None])
             dqs = append(dqs, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
@@ -153,8 +154,8 @@ def dq_kernel(
             next_dqs = ()
             for g in tl.static_range(GROUP):
                 i_i = tl.minimum(i_first + g, ROWS - 1)
-                b_k = load_tile(token_pointer(k, i_b, i_i, i_h), k.n, k.d, start_n, M, D, BLOCK_N, BLOCK_D)
-                b_v = load_tile(token_pointer(v, i_b, i_i, i_h), v.n, v.d, start_n, M, D, BLOCK_N, BLOCK_D)
+                b_k = load_tokens(k, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
+                b_v = load_tokens(v, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
                 b_row = b_bias
                 if mask.pointer is not None:
                     b_keep = load_vector(mask, i_b, i_i, 0, start_n, M, 0, BLOCK_N)
@@ -178,17 +179,15 @@ def dq_kernel(
         for g in tl.static_range(GROUP):
             i_i = tl.minimum(i_first + g, ROWS - 1)
             stored = tl.where(i_first + g < end_row, N, 0)
-            p_dq = token_pointer(dq, i_b, i_i, i_h)
-            store_tile(p_dq, dq.n, dq.d, dqs[g] * scale, start_m, stored, D, BLOCK_M, BLOCK_D)
+            store_tokens(dq, dqs[g] * scale, i_b, i_i, i_h, start_m, stored, D, BLOCK_M, BLOCK_D)
 
     if dphi_q.pointer is not None:
-        p_dphi_q = matrix_pointer(dphi_q, i_share, i_h)
-        store_tile(p_dphi_q, dphi_q.x, dphi_q.y, b_dphi_q, start_m, N, R, BLOCK_M, BLOCK_R)
+        store_factors(dphi_q, b_dphi_q, i_share, i_h, start_m, N, R, BLOCK_M, BLOCK_R)
     if ends.pointer is not None:
         o_x = start_m + tl.arange(0, BLOCK_M)
         p_ends = matrix_pointer(ends, i_share, i_h) + o_x * ends.y
         tl.store(p_ends, b_below, mask=o_x < N)
-        tl.store(p_ends + ends.x, b_above, mask=o_x < N)
+        tl.store(p_ends + ends.x * ends.unit, b_above, mask=o_x < N)
 
 
 @triton.jit
@@ -243,8 +242,8 @@ def dkv_kernel(
         ks, vs, keeps, dks, dvs = (), (), (), (), ()
         for g in tl.static_range(GROUP):
             i_i = tl.minimum(i_first + g, ROWS - 1)
-            ks = append(ks, load_tile(token_pointer(k, i_b, i_i, i_h), k.n, k.d, start_n, M, D, BLOCK_N, BLOCK_D))
-            vs = append(vs, load_tile(token_pointer(v, i_b, i_i, i_h), v.n, v.d, start_n, M, D, BLOCK_N, BLOCK_D))
+            ks = append(ks, load_tokens(k, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D))
+            vs = append(vs, load_tokens(v, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D))
             if mask.pointer is not None:
                 keeps = append(keeps, load_vector(mask, i_b, i_i, 0, start_n, M, 0, BLOCK_N)[:, None])
             dks = append(dks, tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
@@ -261,8 +260,8 @@ def dkv_kernel(
             for g in tl.static_range(GROUP):
                 i_i = tl.minimum(i_first + g, ROWS - 1)
                 present = tl.where(i_first + g < end_row, N, 0)
-                b_q = load_tile(token_pointer(q, i_b, i_i, i_h), q.n, q.d, start_m, N, D, BLOCK_M, BLOCK_D)
-                b_do = load_tile(token_pointer(do, i_b, i_i, i_h), do.n, do.d, start_m, N, D, BLOCK_M, BLOCK_D)
+                b_q = load_tokens(q, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
+                b_do = load_tokens(do, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
                 b_lse = load_lse(lse, i_b, i_i, i_h, start_m, present, BLOCK_M)
                 b_delta = load_vector(delta, i_b, i_i, i_h, start_m, N, 0.0, BLOCK_M)
                 b_row = b_bias
@@ -285,13 +284,11 @@ def dkv_kernel(
         for g in tl.static_range(GROUP):
             i_i = tl.minimum(i_first + g, ROWS - 1)
             stored = tl.where(i_first + g < end_row, M, 0)
-            p_dk, p_dv = token_pointer(dk, i_b, i_i, i_h), token_pointer(dv, i_b, i_i, i_h)
-            store_tile(p_dk, dk.n, dk.d, dks[g] * scale, start_n, stored, D, BLOCK_N, BLOCK_D)
-            store_tile(p_dv, dv.n, dv.d, dvs[g], start_n, stored, D, BLOCK_N, BLOCK_D)
+            store_tokens(dk, dks[g] * scale, i_b, i_i, i_h, start_n, stored, D, BLOCK_N, BLOCK_D)
+            store_tokens(dv, dvs[g], i_b, i_i, i_h, start_n, stored, D, BLOCK_N, BLOCK_D)
 
     if dphi_k.pointer is not None:
-        p_dphi_k = matrix_pointer(dphi_k, i_share, i_h)
-        store_tile(p_dphi_k, dphi_k.x, dphi_k.y, b_dphi_k, start_n, M, R, BLOCK_N, BLOCK_R)
+        store_factors(dphi_k, b_dphi_k, i_share, i_h, start_n, M, R, BLOCK_N, BLOCK_R)
 
 
 @triton.jit
@@ -366,10 +363,10 @@ def pairs_kernel(
             bias, b_phi_q, b_phi_k, i_b, i_h, o_m, o_n, start_m, start_n, N, M, BLOCK_M, BLOCK_N, PRECISION
         )  # [BM, BN]
         for i_i in range(first_row, end_row):
-            b_q = load_tile(token_pointer(q, i_b, i_i, i_h), q.n, q.d, start_m, N, D, BLOCK_M, BLOCK_D)
-            b_do = load_tile(token_pointer(do, i_b, i_i, i_h), do.n, do.d, start_m, N, D, BLOCK_M, BLOCK_D)
-            b_k = load_tile(token_pointer(k, i_b, i_i, i_h), k.n, k.d, start_n, M, D, BLOCK_N, BLOCK_D)
-            b_v = load_tile(token_pointer(v, i_b, i_i, i_h), v.n, v.d, start_n, M, D, BLOCK_N, BLOCK_D)
+            b_q = load_tokens(q, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
+            b_do = load_tokens(do, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
+            b_k = load_tokens(k, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
+            b_v = load_tokens(v, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
             b_lse = load_lse(lse, i_b, i_i, i_h, start_m, N, BLOCK_M)
             b_delta = load_vector(delta, i_b, i_i, i_h, start_m, N, 0.0, BLOCK_M)
             b_row = b_bias
@@ -381,15 +378,17 @@ def pairs_kernel(
             b_dbias += weights(b_qk, b_row, b_lse[:, None], scale) * (b_dp - b_delta[:, None])
 
     if ddense.pointer is not None:
-        p_ddense = matrix_pointer(ddense, i_share, i_h) + tl.cast(start_m, tl.int64) * ddense.x
-        p_ddense += (o_m - start_m) * ddense.x + o_n * ddense.y
+        p_ddense = matrix_pointer(ddense, i_share, i_h) + tl.cast(o_m, tl.int64) * (ddense.x * ddense.unit)
+        p_ddense += o_n * ddense.y
         tl.store(p_ddense, b_dbias.to(ddense.pointer.dtype.element_ty), mask=(o_m < N) & (o_n < M))
     else:
         o_row = tl.arange(0, BLOCK_M)[:, None]
         o_d = tl.arange(0, BLOCK_N)[None, :]
         b_skewed = tl.gather(b_dbias, (o_row + o_d) % BLOCK_N, 1)  # [BM, BN], column d holds j - i = d or d - BN
         m_right = o_row + o_d < BLOCK_N
-        p_diagonals = matrix_pointer(diagonals, i_share * row_blocks + i_row, i_h) + i_column * diagonals.x
+        p_diagonals = matrix_pointer(diagonals, i_share * row_blocks + i_row, i_h) + i_column * (
+            diagonals.x * diagonals.unit
+        )
         p_diagonals += tl.arange(0, BLOCK_N) * diagonals.y
         tl.store(p_diagonals, tl.sum(tl.where(m_right, b_skewed, 0.0), 0))
         tl.store(p_diagonals + BLOCK_N * diagonals.y, tl.sum(tl.where(m_right, 0.0, b_skewed), 0))

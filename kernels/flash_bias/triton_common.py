@@ -9,7 +9,7 @@ Neither q nor the factors are scaled beforehand, which would round them once mor
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,11 +21,16 @@ from pairformer_fast.kernels.flash_bias.triton_tiles import Tiles, tile_sizes
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ONE: tl.constexpr = tl.constexpr(1)
+VECTOR: tl.constexpr = tl.constexpr(8)
 FLAG_TILE: tl.constexpr = tl.constexpr(TILE)
 
 
 class Tokens(NamedTuple):
-    """Pointer and strides of a tensor ``[B, I, N, H, D]``."""
+    """Pointer and strides of a tensor ``[B, I, N, H, D]``; those but the last in multiples of ``unit`` entries.
+
+    Triton looks for strides divisible by 16, which D = 24 has not, and would load its entries one by one.
+    """
 
     pointer: Tensor | None
     b: int = 0
@@ -33,6 +38,7 @@ class Tokens(NamedTuple):
     n: int = 0
     h: int = 0
     d: int = 0
+    unit: tl.constexpr = ONE
 
 
 class Rows(NamedTuple):
@@ -46,13 +52,14 @@ class Rows(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Pointer and strides of a tensor ``[B, H, X, Y]``."""
+    """Pointer and strides of a tensor ``[B, H, X, Y]``; those but the last in multiples of ``unit`` entries."""
 
     pointer: Tensor | None
     b: int = 0
     h: int = 0
     x: int = 0
     y: int = 0
+    unit: tl.constexpr = ONE
 
 
 class Bias(NamedTuple):
@@ -70,7 +77,7 @@ class Bias(NamedTuple):
 
 def tokens(x: Tensor | None) -> Tokens:
     """Operand of ``[B, I, N, H, D]``."""
-    return Tokens(None) if x is None else Tokens(x, *x.stride())
+    return Tokens(None) if x is None else Tokens(x, *_in_units(x))
 
 
 def rows(x: Tensor | None) -> Rows:
@@ -84,21 +91,27 @@ def rows(x: Tensor | None) -> Rows:
 
 def matrix(x: Tensor | None) -> Matrix:
     """Operand of ``[B, H, X, Y]``."""
-    return Matrix(None) if x is None else Matrix(_bytes(x), *x.stride())
+    return Matrix(None) if x is None else Matrix(_bytes(x), *_in_units(x))
 
 
 def bias_operand(terms: BiasTerms, pair_mask: Tensor | None) -> Bias:
     """Operand of all that the rows share."""
-    table = None if terms.table is None else terms.table[None, :, None]
+    table = None if terms.table is None else terms.table[None, ..., None]
     return Bias(
         phi_q=matrix(terms.phi_q),
         phi_k=matrix(terms.phi_k),
-        table=matrix(table)._replace(b=0),
+        table=matrix(table),
         dense=matrix(terms.dense),
         dense_tiles=matrix(terms.dense_tiles),
         pair_mask=matrix(None if pair_mask is None else pair_mask[:, None])._replace(h=0),
         band=0 if terms.table is None else terms.table.shape[-1] // 2,
     )
+
+
+def _in_units(x: Tensor) -> tuple[Any, ...]:
+    *strides, last = x.stride()
+    unit = VECTOR if all(stride % VECTOR.value == 0 for stride in strides) else ONE
+    return *(stride // unit.value for stride in strides), last, unit
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -147,27 +160,46 @@ def locate(i_program, blocks, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def token_pointer(x, i_b, i_i, i_h):
-    """Pointer to ``[N, D]`` of one row and head; 64 bits because a tensor may hold more than 2^31 elements."""
-    return x.pointer + tl.cast(i_b, tl.int64) * x.b + tl.cast(i_i, tl.int64) * x.i + tl.cast(i_h, tl.int64) * x.h
-
-
-@triton.jit
 def matrix_pointer(x, i_b, i_h):
-    """Pointer to ``[X, Y]`` of one head."""
-    return x.pointer + tl.cast(i_b, tl.int64) * x.b + tl.cast(i_h, tl.int64) * x.h
+    """Pointer to ``[X, Y]`` of one head; 64 bits because a tensor may hold more than 2^31 entries."""
+    return x.pointer + tl.cast(i_b, tl.int64) * (x.b * x.unit) + tl.cast(i_h, tl.int64) * (x.h * x.unit)
 
 
 @triton.jit
-def load_tile(p_x, stride, stride_d, start, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows ``start ..`` of a ``[length, WIDTH]`` matrix, zero outside it."""
+def tile_pointers(p_x, stride, stride_last, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows ``start ..`` of a matrix."""
     o_x = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < length - start) & (o_d[None, :] < WIDTH)
-    p_tile = (
-        p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride + o_d[None, :] * stride_d
-    )
-    return tl.load(p_tile, mask=m_x, other=0.0)  # [BLOCK, BLOCK_D]
+    p_rows = p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride
+    return p_rows + o_d[None, :] * stride_last  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def tile_mask(start, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which entries of a tile lie in a ``[length, WIDTH]`` matrix."""
+    return (tl.arange(0, BLOCK)[:, None] < length - start) & (tl.arange(0, BLOCK_D)[None, :] < WIDTH)
+
+
+@triton.jit
+def token_pointers(x, i_b, i_i, i_h, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to tokens ``start ..`` of one row and head."""
+    p_x = x.pointer + tl.cast(i_b, tl.int64) * (x.b * x.unit) + tl.cast(i_i, tl.int64) * (x.i * x.unit)
+    p_x += tl.cast(i_h, tl.int64) * (x.h * x.unit)
+    return tile_pointers(p_x, x.n * x.unit, x.d, start, BLOCK, BLOCK_D)
+
+
+@triton.jit
+def load_tokens(x, i_b, i_i, i_h, start, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens ``start ..`` of one row and head, zero outside."""
+    m_x = tile_mask(start, length, D, BLOCK, BLOCK_D)
+    return tl.load(token_pointers(x, i_b, i_i, i_h, start, BLOCK, BLOCK_D), mask=m_x, other=0.0)  # [BLOCK, BLOCK_D]
+
+
+@triton.jit
+def store_tokens(x, b_x, i_b, i_i, i_h, start, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Inverse of ``load_tokens``; a ``length`` of zero stores nothing."""
+    p_x = token_pointers(x, i_b, i_i, i_h, start, BLOCK, BLOCK_D)
+    tl.store(p_x, b_x.to(x.pointer.dtype.element_ty), mask=tile_mask(start, length, D, BLOCK, BLOCK_D))
 
 
 @triton.jit
@@ -175,37 +207,38 @@ def load_factors(x, i_b, i_h, start, length, R: tl.constexpr, BLOCK: tl.constexp
     """Rows ``start ..`` of the factors of one head, None without factors."""
     b_phi = None
     if x.pointer is not None:
-        b_phi = load_tile(matrix_pointer(x, i_b, i_h), x.x, x.y, start, length, R, BLOCK, BLOCK_R)
+        p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), x.x * x.unit, x.y, start, BLOCK, BLOCK_R)
+        b_phi = tl.load(p_phi, mask=tile_mask(start, length, R, BLOCK, BLOCK_R), other=0.0)
     return b_phi  # [BLOCK, BLOCK_R]
 
 
 @triton.jit
-def store_tile(
-    p_x, stride, stride_d, b_x, start, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Inverse of ``load_tile``; a ``length`` of zero stores nothing."""
-    o_x = tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < length - start) & (o_d[None, :] < WIDTH)
-    p_tile = (
-        p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride + o_d[None, :] * stride_d
-    )
-    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_x)
+def store_factors(x, b_phi, i_b, i_h, start, length, R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Inverse of ``load_factors``."""
+    p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), x.x * x.unit, x.y, start, BLOCK, BLOCK_R)
+    tl.store(p_phi, b_phi.to(x.pointer.dtype.element_ty), mask=tile_mask(start, length, R, BLOCK, BLOCK_R))
+
+
+@triton.jit
+def row_pointer(x, i_b, i_i, i_h):
+    """Pointer to ``[N]`` of one row and head of a ``[B, I, H, N]`` tensor."""
+    return x.pointer + tl.cast(i_b, tl.int64) * x.b + tl.cast(i_i, tl.int64) * x.i + tl.cast(i_h, tl.int64) * x.h
 
 
 @triton.jit
 def load_vector(x, i_b, i_i, i_h, start, length, other, BLOCK: tl.constexpr):
     """Entries ``start ..`` of one row and head of a ``[B, I, H, N]`` tensor, ``other`` outside it."""
     o_x = tl.arange(0, BLOCK)
-    p_x = token_pointer(x, i_b, i_i, i_h) + tl.cast(start, tl.int64) * x.n
+    p_x = row_pointer(x, i_b, i_i, i_h) + tl.cast(start, tl.int64) * x.n
     return tl.load(p_x + o_x * x.n, mask=o_x < length - start, other=other)  # [BLOCK]
 
 
 @triton.jit
 def load_pairs(x, i_b, i_h, o_m, o_n, start_m, start_n, N, M):
     """Tile of a ``[B, H, N, M]`` tensor; ``o_m`` and ``o_n`` broadcast against each other in either order."""
-    p_x = matrix_pointer(x, i_b, i_h) + tl.cast(start_m, tl.int64) * x.x + tl.cast(start_n, tl.int64) * x.y
-    p_tile = p_x + tl.cast(o_m - start_m, tl.int64) * x.x + tl.cast(o_n - start_n, tl.int64) * x.y
+    stride = x.x * x.unit
+    p_x = matrix_pointer(x, i_b, i_h) + tl.cast(start_m, tl.int64) * stride + tl.cast(start_n, tl.int64) * x.y
+    p_tile = p_x + tl.cast(o_m - start_m, tl.int64) * stride + tl.cast(o_n - start_n, tl.int64) * x.y
     return tl.load(p_tile, mask=(o_m < N) & (o_n < M), other=0)
 
 
@@ -213,9 +246,10 @@ def load_pairs(x, i_b, i_h, o_m, o_n, start_m, start_n, N, M):
 def tile_flags(bias, i_b, i_h, start_m, start_n, N, BLOCK_M: tl.constexpr):
     """Whether the first and the last query of a block lie in a tile flagged as dense; keys lie in one tile."""
     p_flags = matrix_pointer(bias.dense_tiles, i_b, i_h) + start_n // FLAG_TILE * bias.dense_tiles.y
+    stride = bias.dense_tiles.x * bias.dense_tiles.unit
     last = tl.minimum(start_m + BLOCK_M, N) - 1
-    first_flag = tl.load(p_flags + start_m // FLAG_TILE * bias.dense_tiles.x)
-    last_flag = tl.load(p_flags + last // FLAG_TILE * bias.dense_tiles.x)
+    first_flag = tl.load(p_flags + start_m // FLAG_TILE * stride)
+    last_flag = tl.load(p_flags + last // FLAG_TILE * stride)
     return first_flag != 0, last_flag != 0
 
 
@@ -230,13 +264,14 @@ def dense_queries(bias, i_b, i_h, o_m, start_m, start_n, N, BLOCK_M: tl.constexp
 def table_tile(bias, i_h, o_m, o_n, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Relative-position bias ``table[h, clip(i - j, -W, W) + W]``; one value away from the band."""
     p_table = matrix_pointer(bias.table, 0, i_h)
+    stride = bias.table.x * bias.table.unit
     smallest = start_m - (start_n + BLOCK_N - 1)
     largest = start_m + BLOCK_M - 1 - start_n
-    b_far = tl.load(p_table + tl.where(smallest >= bias.band, 2 * bias.band, 0) * bias.table.y).to(tl.float32)
+    b_far = tl.load(p_table + tl.where(smallest >= bias.band, 2 * bias.band, 0) * stride).to(tl.float32)
     b_table = tl.zeros_like(o_m - o_n).to(tl.float32) + b_far
     if (smallest < bias.band) & (largest > -bias.band):
         o_gap = tl.minimum(tl.maximum(o_m - o_n, -bias.band), bias.band) + bias.band
-        b_table = tl.load(p_table + o_gap * bias.table.y).to(tl.float32)
+        b_table = tl.load(p_table + o_gap * stride).to(tl.float32)
     return b_table
 
 

@@ -22,16 +22,16 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     bias_tile,
     choose_tiles,
     load_factors,
-    load_tile,
+    load_tokens,
     load_vector,
     locate,
     on_device,
     padded,
     precision,
     rank_of,
+    row_pointer,
     rows,
-    store_tile,
-    token_pointer,
+    store_tokens,
     tokens,
 )
 from pairformer_fast.kernels.flash_bias.triton_tiles import Tiles
@@ -89,7 +89,7 @@ def forward_kernel(
     qs, accs, maxima, sums = (), (), (), ()
     for g in tl.static_range(GROUP):
         i_i = tl.minimum(i_first + g, ROWS - 1)
-        qs = append(qs, load_tile(token_pointer(q, i_b, i_i, i_h), q.n, q.d, start_m, N, D, BLOCK_M, BLOCK_D))
+        qs = append(qs, load_tokens(q, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D))
         accs = append(accs, tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
         maxima = append(maxima, tl.full([BLOCK_M], float("-inf"), tl.float32))
         sums = append(sums, tl.zeros([BLOCK_M], tl.float32))
@@ -104,8 +104,8 @@ def forward_kernel(
         next_accs, next_maxima, next_sums = (), (), ()
         for g in tl.static_range(GROUP):
             i_i = tl.minimum(i_first + g, ROWS - 1)
-            b_k = load_tile(token_pointer(k, i_b, i_i, i_h), k.n, k.d, start_n, M, D, BLOCK_N, BLOCK_D)
-            b_v = load_tile(token_pointer(v, i_b, i_i, i_h), v.n, v.d, start_n, M, D, BLOCK_N, BLOCK_D)
+            b_k = load_tokens(k, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
+            b_v = load_tokens(v, i_b, i_i, i_h, start_n, M, D, BLOCK_N, BLOCK_D)
             b_s = tl.dot(qs[g], tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E) + b_bias
             if mask.pointer is not None:
                 b_keep = load_vector(mask, i_b, i_i, 0, start_n, M, 0, BLOCK_N)
@@ -122,11 +122,11 @@ def forward_kernel(
         stored = tl.where(i_first + g < ROWS, N, 0)
         b_out = accs[g] / tl.where(sums[g] == 0, 1.0, sums[g])[:, None]
         if gate.pointer is not None:
-            b_gate = load_tile(token_pointer(gate, i_b, i_i, i_h), gate.n, gate.d, start_m, N, D, BLOCK_M, BLOCK_D)
+            b_gate = load_tokens(gate, i_b, i_i, i_h, start_m, N, D, BLOCK_M, BLOCK_D)
             b_out *= tl.sigmoid(b_gate.to(tl.float32))
-        store_tile(token_pointer(out, i_b, i_i, i_h), out.n, out.d, b_out, start_m, stored, D, BLOCK_M, BLOCK_D)
+        store_tokens(out, b_out, i_b, i_i, i_h, start_m, stored, D, BLOCK_M, BLOCK_D)
         o_x = start_m + tl.arange(0, BLOCK_M)
-        p_lse = token_pointer(lse, i_b, i_i, i_h) + o_x * lse.n
+        p_lse = row_pointer(lse, i_b, i_i, i_h) + o_x * lse.n
         tl.store(p_lse, (maxima[g] + tl.log2(sums[g])) * LN2, mask=o_x < stored)
 
 
