@@ -210,6 +210,15 @@ def test_any_tiles_give_the_same_answer(tiles):
     check(Case(40, "mixed_table", i=5, h=1, m=35, w=6, masks="rows"), tiles)
 
 
+def test_a_block_of_queries_may_span_two_flags():
+    wide = Tiles(128, 32, 2, 1, 1)
+    tiles = {"forward": wide, "backward_dq": wide, "backward_dkv": wide}
+    case = Case(130, "mixed_table", i=2, h=1, m=70, w=9)
+    first, second = make(case).dense_tiles[0, 0, :2]
+    assert not torch.equal(first, second)
+    check(case, tiles)
+
+
 def test_repetition_is_bitwise_equal():
     inputs = make(Case(40, "mixed_table", i=4, masks="rows pairs", gate=True))
     assert_identical(triton_results(inputs), triton_results(inputs))
