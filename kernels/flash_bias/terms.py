@@ -58,3 +58,16 @@ class BiasTerms(NamedTuple):
             None if x is None else x.flatten(0, last) for x in (self.dense, self.phi_q, self.phi_k, self.dense_tiles)
         )
         return BiasTerms(dense, phi_q, phi_k, self.table, dense_tiles)
+
+
+class Gradients(NamedTuple):
+    """Contiguous gradients, in the dtypes of the inputs; None where none was asked for."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    dense: Tensor | None
+    phi_q: Tensor | None
+    phi_k: Tensor | None
+    table: Tensor | None
+    gate: Tensor | None

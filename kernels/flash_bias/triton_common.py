@@ -125,7 +125,8 @@ def padded(width: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def rank_of(terms: BiasTerms) -> int:
