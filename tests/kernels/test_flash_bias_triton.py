@@ -5,6 +5,7 @@ small cases run compiled, and the larger ones follow.
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from pairformer_fast.kernels.flash_bias.terms import TILE, BiasTerms
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
 from pairformer_fast.kernels.flash_bias import triton_backward, triton_forward, triton_tiles
+from pairformer_fast.kernels.flash_bias.triton_common import precision
 from pairformer_fast.kernels.flash_bias.triton_tiles import KINDS, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # queries without keys, NumPy
@@ -292,6 +294,13 @@ def test_every_shape_has_tiles(dtype, capability):
             assert tiles.group in (1, 2, 4)
             if kind == "backward_pairs":
                 assert tiles.block_m <= TILE, "a tile of the dense gradient lies within one flag"
+
+
+def test_tf32_is_used_only_where_it_is_asked_for(monkeypatch):
+    assert precision(torch.float32) == "ieee"
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert precision(torch.float32) == "tf32"
+    assert precision(torch.bfloat16) == "ieee"
 
 
 LARGE = [
