@@ -16,7 +16,6 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     LOG2E,
     OWN,
     REGISTERS,
-    HopperTiles,
     bias_operands,
     mask_operands,
     padded,
@@ -24,8 +23,10 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     readable,
     token_descriptor,
     vector_descriptor,
+    widths,
 )
 from pairformer_fast.kernels.flash_bias.hopper_pairs import pairs_kernel
+from pairformer_fast.kernels.flash_bias.hopper_tiles import HopperTiles, choose
 from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients
 from pairformer_fast.kernels.flash_bias.triton_common import (
     load_tokens,
@@ -127,25 +128,18 @@ def backward(
     -------
     Gradients
     """
-    chosen = DEFAULT_TILES | (tiles or {})
+    tiles = tiles or {}
     grads: dict[str, Tensor | None] = {}
     with torch.cuda.device(q.device):
         do, scaled, delta, grads["gate"] = _prepare(dout, dlse, out, lse, gate)
         problem = _Problem(q, k, v, do, scaled, delta, terms, mask)
         if needs & {"q", "phi_q"}:
-            grads["q"], _, grads["phi_q"] = _own(problem, chosen["backward_dq"], keys=False)
+            grads["q"], _, grads["phi_q"] = _own(problem, tiles.get("backward_dq"), keys=False)
         if needs & {"k", "v", "phi_k"}:
-            grads["k"], grads["v"], grads["phi_k"] = _own(problem, chosen["backward_dkv"], keys=True)
+            grads["k"], grads["v"], grads["phi_k"] = _own(problem, tiles.get("backward_dkv"), keys=True)
         if "dense" in needs:
-            grads["dense"] = _pairs(problem, chosen["backward_pairs"])
+            grads["dense"] = _pairs(problem, tiles.get("backward_pairs"))
     return Gradients(*(grads.get(name) if name in needs else None for name in Gradients._fields))
-
-
-DEFAULT_TILES = {
-    "backward_dq": HopperTiles(3, 1, 64, 4),
-    "backward_dkv": HopperTiles(2, 1, 64, 4),
-    "backward_pairs": HopperTiles(3, 1, 64, 4),
-}
 
 
 def _prepare(
@@ -184,16 +178,18 @@ def _chunks(work: int, items: int, device: torch.device) -> tuple[int, int]:
     return triton.cdiv(items, each), each
 
 
-def _own(problem: _Problem, tiles: HopperTiles, *, keys: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of what lies on the side of the keys (k, v, phi_k) or of the queries (q, nothing, phi_q)."""
     q, k, v, do, lse, delta, terms, mask = problem
     own0, own1, other0, other1 = (k, v, q, do) if keys else (q, do, k, v)
     batch, count, own_length, heads, dim = own0.shape
     other_length = other0.shape[2]
+    tiles = tiles or choose("backward_dkv" if keys else "backward_dq", own_length, count, widths(terms, q))
     blocks, groups = triton.cdiv(own_length, tiles.consumers * OWN.value), triton.cdiv(count, tiles.group)
     chunks, chunk = _chunks(batch * heads * blocks, groups, q.device)
     total = batch * chunks * heads * blocks
-    bias = bias_operands(terms, q, tiles.block, transposed=keys)
+    own0_desc = token_descriptor(own0, OWN.value)
+    bias = bias_operands(terms, own0_desc, tiles.block, transposed=keys)
     phi = terms.phi_k if keys else terms.phi_q
     rank = 16 if phi is None else phi.shape[-1]
     grad0 = torch.empty(own0.shape, dtype=q.dtype, device=q.device)
@@ -202,7 +198,7 @@ def _own(problem: _Problem, tiles: HopperTiles, *, keys: bool) -> tuple[Tensor, 
     if phi is not None:
         shares = torch.empty(batch, chunks, heads, own_length, rank, dtype=torch.float32, device=q.device)
     backward_kernel[(min(total, processors(q.device)),)](
-        token_descriptor(own0, OWN.value),
+        own0_desc,
         token_descriptor(own1, OWN.value),
         bias.own,
         token_descriptor(other0, tiles.block),
@@ -244,19 +240,22 @@ def _own(problem: _Problem, tiles: HopperTiles, *, keys: bool) -> tuple[Tensor, 
     return grad0, grad1, None if phi is None else shares.sum(1).to(phi.dtype)
 
 
-def _pairs(problem: _Problem, tiles: HopperTiles) -> Tensor:
+def _pairs(problem: _Problem, tiles: HopperTiles | None) -> Tensor:
     """Gradient of the dense bias, zero in tiles that are not flagged in the mixed form."""
     q, k, v, do, lse, delta, terms, mask = problem
     assert terms.dense is not None
     batch, count, queries, heads, dim = q.shape
     keys = k.shape[2]
+    tiles = tiles or choose("backward_pairs", queries, count, widths(terms, q))
     blocks, key_blocks = triton.cdiv(queries, tiles.consumers * OWN.value), triton.cdiv(keys, OWN.value)
     chunks, chunk = _chunks(batch * heads * blocks * key_blocks, count, q.device)
     total = batch * chunks * heads * blocks * key_blocks
-    bias = bias_operands(terms, q, OWN.value)
+    q_desc = token_descriptor(q, OWN.value)
+    bias = bias_operands(terms, q_desc, OWN.value)
     shares = torch.empty(batch, chunks, heads, queries, keys, dtype=torch.float32, device=q.device)
     pairs_kernel[(min(total, processors(q.device)),)](
-        *(token_descriptor(x, OWN.value) for x in (q, do, k, v)),
+        q_desc,
+        *(token_descriptor(x, OWN.value) for x in (do, k, v)),
         bias.dense,
         vector_descriptor(lse, OWN.value),
         vector_descriptor(delta, OWN.value),

@@ -20,6 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pairformer_fast.kernels.flash_bias import hopper_tiles
+from pairformer_fast.kernels.flash_bias.hopper_tiles import Widths
 from pairformer_fast.kernels.flash_bias.terms import TILE, BiasTerms
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -30,8 +32,7 @@ FACTORS = gl.constexpr(1)
 DENSE = gl.constexpr(2)
 MIXED = gl.constexpr(3)
 
-OWN = gl.constexpr(64)
-"""Queries, or keys, that one consumer owns: the height of the tensor cores' instruction."""
+OWN = gl.constexpr(hopper_tiles.OWN)
 
 FLAG_TILE = gl.constexpr(TILE)
 
@@ -162,32 +163,50 @@ def copy_tokens(desc, b, i, n, h, barrier, buffer):
     tma.async_copy_global_to_shared(desc, [b, i, n, h, 0], barrier, buffer)
 
 
-def shared_layout(block: list[int], dtype: Any = gl.bfloat16) -> gl.NVMMASharedLayout:
-    """Layout of a tile that both the copy engine and the tensor cores read."""
-    return gl.NVMMASharedLayout.get_default_for(block, dtype)
+@cache
+def shared_layout(block: tuple[int, ...]) -> gl.NVMMASharedLayout:
+    """Layout of a bf16 tile that both the copy engine and the tensor cores read."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+
+
+@cache
+def vector_layout() -> gl.NVMMASharedLayout:
+    """Layout of a piece of an fp32 vector."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
 
 
 def token_descriptor(x: Tensor, length: int) -> TensorDescriptor:
     """Tiles of ``length`` tokens of one row and head of ``[B, I, N, H, D]``."""
-    return _descriptor(x, [1, 1, length, 1, padded(x.shape[-1])])
+    block = (1, 1, length, 1, padded(x.shape[-1]))
+    return _descriptor(x, block, shared_layout(block))
 
 
 def matrix_descriptor(x: Tensor, height: int, width: int) -> TensorDescriptor:
     """Tiles ``[height, width]`` of one head of ``[B, H, X, Y]``."""
-    return _descriptor(x, [1, 1, height, width])
+    block = (1, 1, height, width)
+    return _descriptor(x, block, shared_layout(block))
 
 
 def vector_descriptor(x: Tensor, length: int) -> TensorDescriptor:
     """Pieces of ``[B, I, H, N]`` in fp32."""
-    block = [1, 1, 1, length]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return _descriptor(x, (1, 1, 1, length), vector_layout())
 
 
-def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+def _descriptor(x: Tensor, block: tuple[int, ...], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
+    """Descriptor without the checks of its constructor, which cost more than the rest of a launch."""
     # A dimension of one entry may have any stride; the copy engine wants multiples of 16 bytes.
     strides = [64 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, shared_layout(block))
+    strides[-1] = 1
+    desc = object.__new__(TensorDescriptor)
+    desc.base, desc.shape, desc.strides, desc.block_shape = x, list(x.shape), strides, list(block)
+    desc.layout, desc.padding = layout, "zero"
+    return desc
+
+
+def widths(terms: BiasTerms, q: Tensor) -> Widths:
+    """Padded widths of a problem's tiles."""
+    rank = 0 if terms.phi_q is None else padded(terms.phi_q.shape[-1])
+    return Widths(padded(q.shape[-1]), rank, terms.dense is not None)
 
 
 def padded(width: int) -> int:
@@ -197,10 +216,11 @@ def padded(width: int) -> int:
 
 def copyable(x: Tensor) -> bool:
     """Whether the copy engine can read a bf16 tensor as it lies."""
-    if x.data_ptr() % 16 or (x.stride(-1) != 1 and x.shape[-1] != 1):
+    *sizes, width = x.shape
+    *strides, last = x.stride()
+    if x.data_ptr() % 16 or (last != 1 and width != 1):
         return False
-    strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in strides)
+    return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in zip(sizes, strides, strict=True))
 
 
 def readable(x: Tensor) -> Tensor:
@@ -210,27 +230,6 @@ def readable(x: Tensor) -> Tensor:
     width = x.shape[-1]
     out = torch.empty(*x.shape[:-1], width + -width % 8, dtype=x.dtype, device=x.device)[..., :width]
     return out.copy_(x)
-
-
-class HopperTiles(NamedTuple):
-    """How one kernel cuts its work.
-
-    Attributes
-    ----------
-    consumers : int
-        Groups of four warps, each with 64 queries (or keys) of its own, 2 to 4.
-    group : int
-        Rows i that use one bias tile.
-    block : int
-        Keys (or queries) of a streamed tile, 32 or 64.
-    stages : int
-        Depth of the pipeline.
-    """
-
-    consumers: int
-    group: int
-    block: int
-    stages: int
 
 
 class BiasOperands(NamedTuple):
@@ -248,13 +247,14 @@ class BiasOperands(NamedTuple):
     width: int
 
 
-def bias_operands(terms: BiasTerms, q: Tensor, block: int, *, transposed: bool = False) -> BiasOperands:
+def bias_operands(
+    terms: BiasTerms, stand_in: TensorDescriptor, block: int, *, transposed: bool = False
+) -> BiasOperands:
     """Operands for consumers that own 64 queries, or keys if ``transposed``, and stream ``block`` of the other."""
     phi_own, phi_streamed, dense, flags = terms.phi_q, terms.phi_k, terms.dense, terms.dense_tiles
     if transposed:
         phi_own, phi_streamed = phi_streamed, phi_own
         dense, flags = (None if x is None else x.mT.contiguous() for x in (dense, flags))
-    stand_in = token_descriptor(q, OWN.value)
     own = streamed = table = stand_in
     width = 16
     if phi_own is not None and phi_streamed is not None:
@@ -263,7 +263,7 @@ def bias_operands(terms: BiasTerms, q: Tensor, block: int, *, transposed: bool =
         streamed = matrix_descriptor(readable(phi_streamed), block, width)
     if dense is not None:
         table = matrix_descriptor(readable(dense), OWN.value, block)
-    flag_bytes = q if flags is None else flags.contiguous().view(torch.uint8)
+    flag_bytes = stand_in.base if flags is None else flags.contiguous().view(torch.uint8)
     shape = (0, 0) if flags is None else (flags.shape[2], flags.shape[3])
     return BiasOperands(_bias_kind(terms), own, streamed, table, flag_bytes, shape, width)
 

@@ -31,7 +31,6 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     MIXED,
     OWN,
     REGISTERS,
-    HopperTiles,
     advance,
     append,
     bias_operands,
@@ -50,7 +49,9 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     shared_dense,
     store_rows,
     token_descriptor,
+    widths,
 )
+from pairformer_fast.kernels.flash_bias.hopper_tiles import HopperTiles, choose
 from pairformer_fast.kernels.flash_bias.terms import BiasTerms
 
 SMALLEST_SUM = gl.constexpr(2.0**-100)
@@ -390,7 +391,7 @@ def forward(
     *,
     tiles: HopperTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; arguments in the triangle layout, as :func:`hopper_common.supports` asks for them.
+    """Launch the kernel; arguments in the triangle layout, as ``launch.hopper_takes`` asks for them.
 
     Parameters
     ----------
@@ -411,15 +412,16 @@ def forward(
     """
     batch, rows, queries, heads, dim = q.shape
     keys = k.shape[2]
-    tiles = tiles or HopperTiles(3, 2, 64, 4)
+    tiles = tiles or choose("forward", queries, rows, widths(terms, q))
+    q_desc = token_descriptor(q, OWN.value)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, rows, heads, queries, dtype=torch.float32, device=q.device)
     blocks, groups = triton.cdiv(queries, tiles.consumers * OWN.value), triton.cdiv(rows, tiles.group)
     total = batch * groups * heads * blocks
-    bias = bias_operands(terms, q, tiles.block)
+    bias = bias_operands(terms, q_desc, tiles.block)
     with torch.cuda.device(q.device):
         forward_kernel[(min(total, processors(q.device)),)](
-            token_descriptor(q, OWN.value),
+            q_desc,
             token_descriptor(k, tiles.block),
             token_descriptor(v, tiles.block),
             bias.own,

@@ -53,10 +53,10 @@ def flash_bias_forward(
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Contiguous output ``[B, I, N, H, D]`` and fp32 log-sum-exp ``[B, I, H, N]``."""
-    from pairformer_fast.kernels.flash_bias import triton_forward
+    from pairformer_fast.kernels.flash_bias import launch
 
     terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
-    return triton_forward.forward(q, k, v, terms, mask, pair_mask, gate)
+    return launch.forward(q, k, v, terms, mask, pair_mask, gate)
 
 
 @flash_bias_forward.register_fake
@@ -85,11 +85,11 @@ def flash_bias_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Contiguous gradients of those of ``DIFFERENTIABLE`` that ``needs`` flags, in that order."""
-    from pairformer_fast.kernels.flash_bias import triton_backward
+    from pairformer_fast.kernels.flash_bias import launch
 
     terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
     wanted = frozenset(name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed)
-    gradients = triton_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, wanted)
+    gradients = launch.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, wanted)
     return [getattr(gradients, name) for name in DIFFERENTIABLE if name in wanted]
 
 

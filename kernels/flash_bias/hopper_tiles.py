@@ -1,0 +1,103 @@
+"""Tile sizes of the Hopper kernels: a measured table, and what of it fits a shape and the shared memory."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+OWN = 64
+"""Queries, or keys, that one consumer owns: the height of the tensor cores' instruction."""
+
+SHARED_BYTES = 227 * 1024 - 2048
+"""What one block may take of a multiprocessor's shared memory, less barriers and the compiler's scratch."""
+
+KINDS = ("forward", "backward_dq", "backward_dkv", "backward_pairs")
+
+
+class HopperTiles(NamedTuple):
+    """How one kernel cuts its work.
+
+    Attributes
+    ----------
+    consumers : int
+        Groups of four warps, each with 64 queries (or keys) of its own, 2 to 4.
+    group : int
+        Rows i that use one bias tile.
+    block : int
+        Keys (or queries) of a streamed tile, 32 or 64.
+    stages : int
+        Depth of the pipeline.
+    """
+
+    consumers: int
+    group: int
+    block: int
+    stages: int
+
+
+class Widths(NamedTuple):
+    """Padded widths that decide how much shared memory a tile takes; 0 where the bias has no such part."""
+
+    head: int
+    rank: int
+    dense: bool
+
+
+@cache
+def choose(kind: str, length: int, rows: int, widths: Widths) -> HopperTiles:
+    """Cheapest entry of the table for ``length`` owned tokens, in as many stages as fit.
+
+    Parameters
+    ----------
+    kind : str
+        One of ``KINDS``.
+    length, rows : int
+        Owned tokens, and rows i.
+    widths : Widths
+
+    Returns
+    -------
+    HopperTiles
+
+    Raises
+    ------
+    LookupError
+        If nothing fits, which :func:`launch.hopper_takes` excludes.
+    """
+    dim = max(32, widths.head)
+    entries = [entry for entry in _table()["kernels"][kind] if entry["dim"] == dim]
+    entries.sort(key=lambda entry: -(-length // (entry["tiles"][0] * OWN)) * entry["tiles"][0] * entry["cost"])
+    for entry in entries:
+        tiles = HopperTiles(*entry["tiles"])
+        for candidate in (tiles, tiles._replace(group=1), tiles._replace(consumers=2, group=1)):
+            stages = _stages(kind, candidate, widths)
+            if stages >= 2 and (kind != "backward_pairs" or candidate.consumers == 3):
+                fitting = candidate._replace(stages=min(stages, tiles.stages))
+                return fitting if rows > 1 else fitting._replace(group=1)
+    raise LookupError(f"no tiles of {kind} fit {widths}")
+
+
+def _stages(kind: str, tiles: HopperTiles, widths: Widths) -> int:
+    """Stages of the pipeline that fit beside what is held for the whole work item."""
+    token, factor = 2 * widths.head, 2 * widths.rank
+    table = 2 * OWN * tiles.block * tiles.consumers if widths.dense else 0
+    if kind == "forward":
+        places = 2 if tiles.consumers == 4 else 1
+        held = places * tiles.consumers * OWN * (tiles.group * token + factor)
+        stage = tiles.block * (2 * tiles.group * token + factor) + table
+    elif kind == "backward_pairs":
+        held = table
+        stage = 2 * OWN * token * (1 + tiles.consumers) + 8 * OWN * tiles.consumers
+    else:
+        held = tiles.consumers * OWN * (4 * tiles.group * token + factor)
+        statistics = 8 * tiles.group * tiles.block if kind == "backward_dkv" else 0
+        stage = tiles.block * (2 * tiles.group * token + factor) + table + statistics
+    scratch = OWN * max(token, factor) * 2 * tiles.consumers
+    return (SHARED_BYTES - held - scratch) // stage
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(files(__package__).joinpath("hopper_tiles.json").read_text(encoding="utf-8"))
