@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from pairformer_fast.kernels.flash_bias.terms import BiasTerms
+from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients
 from pairformer_fast.kernels.flash_bias.triton_backward_kernels import (
     dkv_kernel,
     dq_kernel,
@@ -36,19 +36,6 @@ MAX_CHUNKS = 16
 """Shares of the rows whose gradients of the factors are held apart until they are summed."""
 
 PROGRAMS_PER_PROCESSOR = 8
-
-
-class Gradients(NamedTuple):
-    """Contiguous gradients, in the dtypes of the inputs; None where none was asked for."""
-
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    dense: Tensor | None
-    phi_q: Tensor | None
-    phi_k: Tensor | None
-    table: Tensor | None
-    gate: Tensor | None
 
 
 class _Chunks(NamedTuple):
