@@ -11,7 +11,10 @@ OWN = 64
 """Queries, or keys, that one consumer owns: the height of the tensor cores' instruction."""
 
 SHARED_BYTES = 227 * 1024 - 2048
-"""What one block may take of a multiprocessor's shared memory, less barriers and the compiler's scratch."""
+"""What one block may take of a multiprocessor's shared memory, less its barriers."""
+
+SCRATCH_BYTES = 4096
+"""What the compiler takes for each consumer to change layouts, whatever the widths."""
 
 KINDS = ("forward", "backward_dq", "backward_dkv", "backward_pairs")
 
@@ -88,14 +91,13 @@ def _stages(kind: str, tiles: HopperTiles, widths: Widths) -> int:
         held = places * tiles.consumers * OWN * (tiles.group * token + factor)
         stage = tiles.block * (2 * tiles.group * token + factor) + table
     elif kind == "backward_pairs":
-        held = table
+        held = 2 * OWN * OWN * tiles.consumers
         stage = 2 * OWN * token * (1 + tiles.consumers) + 8 * OWN * tiles.consumers
     else:
         held = tiles.consumers * OWN * (4 * tiles.group * token + factor)
         statistics = 8 * tiles.group * tiles.block if kind == "backward_dkv" else 0
         stage = tiles.block * (2 * tiles.group * token + factor) + table + statistics
-    scratch = OWN * max(token, factor) * 2 * tiles.consumers
-    return (SHARED_BYTES - held - scratch) // stage
+    return (SHARED_BYTES - held - SCRATCH_BYTES * tiles.consumers) // stage
 
 
 @cache
