@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -48,11 +49,16 @@ def attention(
     direction: Annotated[str, typer.Option(help="fwd or fwdbwd; both if omitted.")] = "",
     commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that --output has.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that compile kernels beforehand; 0 compiles on the way.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Begin no row after this time; --resume goes on.")] = 600.0,
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "attention.json",
 ) -> None:
     """Attention with a pair bias on one GPU, side by side with every peer that is installed."""
-    from benchmark_attention import DeviceLost, Selection, run
+    from benchmark_attention import DeviceLost, run
+    from benchmark_selection import Selection
+    from benchmark_warm import compile_ahead
 
+    deadline = time.monotonic() + 60 * minutes
     try:
         chosen = Selection.parse(only, sizes, impl, direction)
     except ValueError as error:
@@ -60,12 +66,16 @@ def attention(
     if not torch.cuda.is_available():
         typer.echo("error: the attention suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)
         raise typer.Exit(2)
+    if jobs:
+        compile_ahead(chosen, jobs)
     try:
-        failed = run(chosen, output, commit, resume)
+        failed = run(chosen, output, commit, resume, deadline)
     except DeviceLost:
         # A kernel that reads out of bounds takes the CUDA context with it: the rest needs a fresh process.
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *([] if resume else ["--resume"])])
+        left = f"--minutes={(deadline - time.monotonic()) / 60}"
+        again = ["--jobs=0", left, *([] if resume else ["--resume"])]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
     print(f"wrote {output}")
     if failed:
         typer.echo(f"error: no valid result for {len(failed)} of our own rows: {', '.join(failed)}", err=True)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from benchmark_gpu import Ceilings, Stopwatch, Timing
-from benchmark_implementations import IMPLEMENTATIONS, Implementation, Prepared
+from benchmark_gpu import Ceilings, NotCaptured, Stopwatch, Timing, describe
+from benchmark_implementations import Implementation, Prepared
 from benchmark_problem import Case, Kind, Problem
 from benchmark_rows import machine, write_rows
+from benchmark_selection import Selection
+from benchmark_targets import print_summary
 from torch import Tensor
 
-DIRECTIONS = ("fwd", "fwdbwd")
-RANKS = (8, 16, 32, 64, 96)
-SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
-MAX_MESSAGE = 300
+EAGER_SECTIONS, EAGER_N = ("targets", "sizes"), 768
+"""Where the time of the plain Python call is measured too: up to this N it can be the host's."""
 
 
 class Limits(NamedTuple):
@@ -45,86 +43,17 @@ class DeviceLost(RuntimeError):
 class Meter(Protocol):
     """What measures a call: a :class:`benchmark_gpu.Stopwatch`, or a stand-in where there is no GPU."""
 
-    def time(self, call: Any) -> Timing: ...
+    def graph(self, call: Any, fault: Any) -> Timing: ...
+
+    def eager(self, call: Any) -> Timing: ...
 
     def peak_bytes(self, call: Any) -> int: ...
 
 
-def cases() -> Iterator[Case]:
-    """Every case, the targets first."""
-    for n in (384, 768, 1024):
-        for direction in DIRECTIONS:
-            yield Case("targets", direction, n, n)
-    for n in (256, 512, 2048):
-        for direction in DIRECTIONS if n < 2048 else ("fwd",):
-            yield Case("sizes", direction, n, n)
-    for direction in DIRECTIONS:
-        medium = Case("masked", direction, 768, 768, masked=True)
-        yield medium
-        yield replace(medium, section="fp16", dtype=torch.float16, masked=False)
-        yield replace(medium, section="dim64", dim=64, masked=False)
-        own = replace(medium, section="structured", masked=False, kinds=(Kind.STRUCTURED,), peers=False)
-        yield own
-        own = own if own.backward else replace(own, n=1024, rows=1024)
-        for rank in RANKS:
-            yield replace(own, section="ranks", rank=rank, kinds=(Kind.FACTORS,))
-        for share in SHARES:
-            yield replace(own, section="shares", dense_share=share, kinds=(Kind.MIXED,))
-        for n in (384, 1024) if medium.backward else (384, 768, 1024, 2048):
-            yield Case("single", direction, n, None, heads=16, dim=24)
-    yield Case("long", "fwd", 4096, 4096)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Part of the cases and implementations; empty means all."""
-
-    sections: tuple[str, ...] = ()
-    sizes: tuple[int, ...] = ()
-    patterns: tuple[str, ...] = ()
-    directions: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, only: str, sizes: str, impl: str, direction: str) -> Selection:
-        """Read comma-separated options; a pattern with a leading ``!`` excludes.
-
-        Raises
-        ------
-        ValueError
-            If a section, size or direction is not one the benchmark has, or if no implementation is left.
-        """
-        known = list(dict.fromkeys(case.section for case in cases()))
-        sections = tuple(part for name in _split(only) for part in (known[1:] if name == "extra" else [name]))
-        if unknown := set(sections) - set(known):
-            raise ValueError(f"--only knows extra, {', '.join(known)}, but got {', '.join(sorted(unknown))}")
-        if direction and direction not in DIRECTIONS:
-            raise ValueError(f"--direction must be fwd or fwdbwd, but got {direction}")
-        measured = sorted({case.n for case in cases()})
-        if unknown := set(_split(sizes)) - {str(n) for n in measured}:
-            raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
-        directions = (direction,) if direction else ()
-        selection = cls(sections, tuple(int(n) for n in _split(sizes)), _split(impl), directions)
-        if not any(selection.takes(implementation) for implementation in IMPLEMENTATIONS):
-            names = ", ".join(implementation.name for implementation in IMPLEMENTATIONS)
-            raise ValueError(f"--impl {impl} matches none of: {names}")
-        return selection
-
-    def cases(self) -> list[Case]:
-        """The chosen cases."""
-        chosen = (case for case in cases() if not self.sections or case.section in self.sections)
-        chosen = (case for case in chosen if not self.sizes or case.n in self.sizes)
-        return [case for case in chosen if not self.directions or case.direction in self.directions]
-
-    def takes(self, implementation: Implementation) -> bool:
-        """Whether a pattern names the implementation and none excludes it."""
-        wanted = [pattern for pattern in self.patterns if not pattern.startswith("!")]
-        unwanted = [pattern[1:] for pattern in self.patterns if pattern.startswith("!")]
-        named = not wanted or any(fnmatch(implementation.name, pattern) for pattern in wanted)
-        return named and not any(fnmatch(implementation.name, pattern) for pattern in unwanted)
-
-
-def run(selection: Selection, output: Path, commit: str | None, resume: bool) -> list[str]:
+def run(selection: Selection, output: Path, commit: str | None, resume: bool, deadline: float) -> list[str]:
     """Measure and write after every row; return the names of our own rows without a valid result.
+
+    No row is begun after ``deadline`` (of :func:`time.monotonic`).
 
     Raises
     ------
@@ -136,31 +65,42 @@ def run(selection: Selection, output: Path, commit: str | None, resume: bool) ->
     origin = machine(commit)
     stopwatch = Stopwatch()
 
-    def add(row: dict[str, Any]) -> None:
+    def add(row: dict[str, Any], began: float) -> None:
         rows.append({"suite": "attention", **row, **origin})
         write_rows(output, rows)
-        print(_line(row), flush=True)
+        print(f"{_line(row)} [{time.monotonic() - began:.1f} s]", flush=True)
 
+    gc.freeze()  # what is imported by now need not be searched after every row
+    began = time.monotonic()
     ceilings = Ceilings.measure(stopwatch)
     if not done:
         for row in ceilings.rows():
-            add(row)
+            add(row, began)
+    left = 0
     for case in selection.cases():
+        began = time.monotonic()
         for kind in (Kind.NONE, Kind.FACTORS, Kind.DENSE) if case.peers else ():
             floor = identity(case, "floor", kind) | {"op": "floor"} | ceilings.floor(case, kind)
             if _key(floor) not in done:
-                add(floor)
-        chosen = [one for one in IMPLEMENTATIONS if one.kind in case.kinds and (case.peers or one.ours)]
-        chosen = [one for one in chosen if selection.takes(one)]
-        chosen = [one for one in chosen if _key(identity(case, one.name, one.kind)) not in done]
-        if not chosen:
-            continue
-        problem = Problem(case, torch.device("cuda"))
-        for implementation in chosen:
-            add(measure(problem, implementation, stopwatch))
+                add(floor, began)
+        chosen = [
+            one for one in selection.implementations(case) if _key(identity(case, one.name, one.kind)) not in done
+        ]
+        problem = None
+        for position, implementation in enumerate(chosen):
+            began = time.monotonic()
+            if began > deadline:
+                left += len(chosen) - position
+                break
+            problem = problem or Problem(case, torch.device("cuda"))
+            add(measure(problem, implementation, stopwatch), began)
             _release()
         del problem
         _release()
+    if left:
+        print(f"out of time: {left} rows not measured; --resume measures them")
+    if any(row.get("section") == "targets" for row in rows):
+        print_summary(rows)
     return [_line(row) for row in rows if row["impl"].startswith("pairformer_fast") and "error" in row]
 
 
@@ -186,25 +126,53 @@ def identity(case: Case, name: str, kind: Kind) -> dict[str, Any]:
 
 def measure(problem: Problem, implementation: Implementation, meter: Meter) -> dict[str, Any]:
     """One row: errors against fp64, then time and memory; ``error`` in place of a speed where the result is wrong."""
-    row = identity(problem.case, implementation.name, implementation.kind) | {"version": implementation.version()}
+    case = problem.case
+    row = identity(case, implementation.name, implementation.kind) | {"version": implementation.version()}
     try:
         prepared = implementation.prepare(problem)
-        errors = relative_errors(problem, implementation.kind, prepared)
-        if wrong := _beyond_limits(problem.case, errors):
-            return row | {"error": f"wrong result: relative error of {wrong}"}
+        errors = relative_errors(problem, implementation.kind, prepared, prepared.run())
+        if wrong := _beyond_limits(case, errors):
+            return row | {"error": f"wrong result: {wrong}"}
         row |= {"rel_error": errors.pop("out"), "gradient_errors": errors or None}
+        row["gradients_checked_at"] = _checked(problem, implementation.kind) if case.backward else None
         row["peak_bytes"] = meter.peak_bytes(prepared.run)
-        timing = meter.time(prepared.run)
-        return row | {"ms_median": timing.median, "ms_p20": timing.p20, "ms_p80": timing.p80}
+        return row | _times(problem, implementation.kind, prepared, meter)
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE]
-        return row | {"error": message}
+        return row | {"error": describe(error)}
 
 
-def relative_errors(problem: Problem, kind: Kind, prepared: Prepared) -> dict[str, float]:
+def _times(problem: Problem, kind: Kind, prepared: Prepared, meter: Meter) -> dict[str, Any]:
+    """Times of graph replays, or of eager calls where the implementation cannot be captured."""
+
+    def fault(result: Any) -> str:
+        return _beyond_limits(problem.case, relative_errors(problem, kind, prepared, result))
+
+    case, found = problem.case, {}
+    try:
+        timing = meter.graph(prepared.run, fault)
+        found["timing"] = "graph"
+    except NotCaptured as error:
+        found |= {"timing": "eager", "graph_error": str(error)}
+    if found["timing"] == "eager":
+        timing = meter.eager(prepared.run)
+        found["ms_eager"] = timing.median
+    elif case.section in EAGER_SECTIONS and case.n <= EAGER_N:
+        found["ms_eager"] = meter.eager(prepared.run).median
+    return {"ms_median": timing.median, "ms_p20": timing.p20, "ms_p80": timing.p80, **found}
+
+
+def _checked(problem: Problem, kind: Kind) -> dict[str, Any]:
+    """What the gradients were compared at: q, k, v in sampled rows i, those of the bias summed over all rows."""
+    checked: dict[str, Any] = {"n": problem.case.n, "rows": problem.rows}
+    return checked if kind is Kind.NONE else checked | {"rows_of_bias": problem.q.shape[0]}
+
+
+def relative_errors(
+    problem: Problem, kind: Kind, prepared: Prepared, result: tuple[Tensor, dict[str, Tensor]]
+) -> dict[str, float]:
     """Relative errors of output and gradients against fp64; infinite where anything is not finite."""
     expected = problem.expected(kind)
-    out, gradients = prepared.run()
+    out, gradients = result
     found = {"out": _error(prepared.unpack_out(out)[problem.rows], expected.out, out)}
     for name, gradient in gradients.items():
         if name in ("q", "k", "v"):
@@ -228,7 +196,8 @@ def _beyond_limits(case: Case, errors: dict[str, float]) -> str:
     limits = LIMITS[case.dtype]
     known = {"out": limits.out} | dict.fromkeys(("dq", "dk", "dv"), limits.gradient)
     bounds = [(name, error, known.get(name, limits.bias)) for name, error in errors.items()]
-    return ", ".join(f"{name} {error:.2g} > {bound}" for name, error, bound in bounds if not error <= bound)
+    beyond = [f"{name} {error:.2g} > {bound}" for name, error, bound in bounds if not error <= bound]
+    return f"relative error of {', '.join(beyond)}" if beyond else ""
 
 
 def _release() -> None:
@@ -254,13 +223,13 @@ def _line(row: dict[str, Any]) -> str:
     details = [f"{name}={row[name]}" for name in ("rank", "dense_share") if row[name] is not None]
     if "ms_median" in row:
         details.append(f"{row['ms_median']:.4g} ms")
+    if row.get("timing") == "eager":
+        details.append(f"(eager: {row['graph_error']})")
+    elif "ms_eager" in row:
+        details.append(f"({row['ms_eager']:.4g} ms eager)")
     if "peak_bytes" in row:
         details.append(f"{row['peak_bytes'] / 2**20:.0f} MiB")
     if "rel_error" in row:
         errors = {"out": row["rel_error"], **(row["gradient_errors"] or {})}
         details.append(" ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     return " ".join([what, *details, f"ERROR {row['error']}" if "error" in row else ""]).strip()
-
-
-def _split(option: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in option.split(",") if part.strip())

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from benchmark_problem import Case, Kind
+from torch import Tensor
 
-WARMUP_MS, MEASURED_MS = 25, 100
-SLOW_MS, SLOW_RUNS = 50.0, 3
+WARMUP_MS, MEASURED_MS = 10, 40
+MIN_RUNS, MAX_RUNS = 20, 100
+SLOW_MS, SLOW_RUNS = 30.0, 5
+WARM_CALLS = 3
+FLUSHED_BYTES = 256 * 2**20
+"""More than the L2 cache holds."""
 EXP2_PER_CLOCK = 16
 """Exponentials per clock and multiprocessor of the special-function units (compute capability 9.0)."""
+MAX_MESSAGE = 300
 
 
 class Timing(NamedTuple):
@@ -26,18 +31,53 @@ class Timing(NamedTuple):
     p80: float
 
 
-class Stopwatch:
-    """Time and peak memory of calls on the current GPU."""
+class NotCaptured(Exception):
+    """The call cannot be timed as a CUDA graph; says why."""
 
-    def time(self, call: Callable[[], object]) -> Timing:
-        """Time calls that begin with a cold L2 cache; ``call`` has run before and is compiled."""
+
+def describe(error: BaseException) -> str:
+    """Class and message of an error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE]
+
+
+class Stopwatch:
+    """Time and peak memory of calls on the current GPU. Every timed call begins with a cold L2 cache."""
+
+    def graph(self, call: Callable[[], Any], fault: Callable[[Any], str]) -> Timing:
+        """Time the device's work in ``call``, whatever the host needs to launch it, by replays of a CUDA graph.
+
+        ``call`` has run before: kernels are compiled and tuned. ``fault`` says what is wrong with its result, if
+        anything: a kernel that the graph has missed (on another stream, say) leaves poison there.
+
+        Raises
+        ------
+        NotCaptured
+            If the call cannot be captured, or replays do not give its result.
+        """
+        try:
+            graph, result = _capture(call)
+            for tensor in _tensors(result):
+                tensor.detach().fill_(torch.nan)
+            graph.replay()
+            torch.cuda.synchronize()
+            if found := fault(result):
+                raise NotCaptured(f"a replay gives another result: {found}")
+            return self._replays(graph)
+        except NotCaptured:
+            raise
+        except Exception as error:
+            # What broke the capture comes first; that the capture could not be ended follows from it.
+            raise NotCaptured(describe(error.__context__ or error)) from error
+
+    def eager(self, call: Callable[[], object]) -> Timing:
+        """Time ``call`` as Python makes it, which is the time of the host where that is longer than the device's."""
         from triton.testing import do_bench
 
-        once = self._events(call)
+        once = _elapsed(call)
         if once < SLOW_MS:
-            return Timing(*do_bench(call, warmup=WARMUP_MS, rep=MEASURED_MS, quantiles=[0.5, 0.2, 0.8]))
-        runs = sorted(self._events(call) for _ in range(SLOW_RUNS))
-        return Timing(statistics.median(runs), runs[0], runs[-1])
+            measured = max(MEASURED_MS, int(MIN_RUNS * once))
+            return Timing(*do_bench(call, warmup=WARMUP_MS, rep=measured, quantiles=[0.5, 0.2, 0.8]))
+        return _quantiles([_elapsed(call) for _ in range(SLOW_RUNS)])
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
         """Memory of one call above what is allocated already, its outputs included."""
@@ -48,13 +88,59 @@ class Stopwatch:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _events(self, call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+    def _replays(self, graph: torch.cuda.CUDAGraph) -> Timing:
+        once = _elapsed(graph.replay)
+        runs = SLOW_RUNS if once > SLOW_MS else min(MAX_RUNS, max(MIN_RUNS, int(MEASURED_MS / once)))
+        for _ in range(int(WARMUP_MS / once)):
+            graph.replay()
+        cache = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+        for start, end in events:
+            cache.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return _quantiles([start.elapsed_time(end) for start, end in events])
+
+
+def _capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Graph of ``call`` and the result that replays write to."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_CALLS):
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream behind
+    return graph, result
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples and dictionaries."""
+    if isinstance(result, Tensor):
+        yield result
+    else:
+        for part in result.values() if isinstance(result, dict) else result:
+            yield from _tensors(part)
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _quantiles(times: list[float]) -> Timing:
+    return Timing(*torch.tensor(times).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist())
 
 
 @dataclass(frozen=True)
@@ -69,9 +155,9 @@ class Ceilings:
     @classmethod
     def measure(cls, stopwatch: Stopwatch) -> Ceilings:
         """Measure once, with about 5 GB of device memory."""
-        copied = stopwatch.time(_copy_of_2_gib()).median * 1e-3
+        copied = stopwatch.eager(_copy_of_2_gib()).median * 1e-3
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        product = stopwatch.time(lambda: a @ b).median * 1e-3
+        product = stopwatch.eager(lambda: a @ b).median * 1e-3
         clock = _clock_under_attention()
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         return cls(2 * 2**31 / copied, 2 * 8192**3 / product, clock, processors * EXP2_PER_CLOCK * clock)

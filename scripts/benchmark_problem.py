@@ -13,6 +13,8 @@ TILE = 64
 TABLE_WIDTH = 32
 BIAS_STD = 2.0
 SAMPLED_ROWS = 4
+CHUNKED_SCORES = 2**25
+"""Scores that the fp64 computation holds at once."""
 
 
 class Kind(StrEnum):
@@ -130,32 +132,38 @@ class Problem:
     def _compute(self, kind: Kind) -> Expected:
         bias = self._bias(kind)
         sampled: dict[str, list[Tensor]] = {"out": [], "dq": [], "dk": [], "dv": []}
-        dbias = None if bias is None else torch.zeros_like(bias)
-        needed = range(self.q.shape[0]) if self.dout is not None and dbias is not None else self.rows
-        scale = self.case.dim**-0.5
-        for row in needed:
-            q, k, v = (x[row].double().transpose(0, 1) for x in (self.q, self.k, self.v))  # [H, N, D]
-            scores = (q @ k.mT).mul_(scale)
-            if bias is not None:
-                scores += bias
-            if self.mask is not None:
-                scores.masked_fill_(~self.mask, -torch.inf)
-            weights = scores.softmax(-1)  # [H, N, N]
-            results = {"out": weights @ v}
+        for row in self.rows:
+            q, k, v = self._doubled((self.q, self.k, self.v), row, row + 1)
+            weights = self._weights(q, k, bias)
+            sampled["out"].append(weights @ v)
             if self.dout is not None:
-                dout = self.dout[row].double().transpose(0, 1)
-                dscores = dout @ v.mT
-                dscores = weights * dscores.sub_((weights * dscores).sum(-1, keepdim=True))
-                results |= {"dq": dscores @ k * scale, "dk": dscores.mT @ q * scale, "dv": weights.mT @ dout}
-                if dbias is not None:
-                    dbias += dscores
-            if row in self.rows:
-                for name, value in results.items():
-                    sampled[name].append(value.transpose(0, 1))
+                (dout,) = self._doubled((self.dout,), row, row + 1)
+                dscores = _gradient_of_scores(weights, dout, v)
+                sampled["dq"].append(dscores @ k * self.case.dim**-0.5)
+                sampled["dk"].append(dscores.mT @ q * self.case.dim**-0.5)
+                sampled["dv"].append(weights.mT @ dout)
         none = torch.empty(0)
-        stacked = {name: torch.stack(values) if values else none for name, values in sampled.items()}
-        gradients = {} if dbias is None or self.dout is None else self._bias_gradients(kind, dbias)
-        return Expected(**stacked, bias=gradients)
+        stacked = {name: torch.cat(values).transpose(1, 2) if values else none for name, values in sampled.items()}
+        if bias is None or self.dout is None:
+            return Expected(**stacked, bias={})
+        dbias = torch.zeros_like(bias)
+        chunk = max(1, CHUNKED_SCORES // bias.numel())
+        for row in range(0, self.q.shape[0], chunk):
+            q, k, v, dout = self._doubled((self.q, self.k, self.v, self.dout), row, row + chunk)
+            dbias += _gradient_of_scores(self._weights(q, k, bias), dout, v).sum(0)
+        return Expected(**stacked, bias=self._bias_gradients(kind, dbias))
+
+    def _doubled(self, tensors: tuple[Tensor, ...], start: int, stop: int) -> list[Tensor]:
+        """Rows of ``tensors``, fp64 ``[I, H, N, D]``."""
+        return [x[start:stop].double().transpose(1, 2) for x in tensors]
+
+    def _weights(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        scores = (q @ k.mT).mul_(self.case.dim**-0.5)  # [I, H, N, N]
+        if bias is not None:
+            scores += bias
+        if self.mask is not None:
+            scores.masked_fill_(~self.mask, -torch.inf)
+        return scores.softmax(-1)
 
     def _bias_gradients(self, kind: Kind, dbias: Tensor) -> dict[str, Tensor]:
         if kind is Kind.DENSE:
@@ -171,3 +179,8 @@ class Problem:
         gradients["phi_q"] = low_rank @ self.phi_k.double()
         gradients["phi_k"] = low_rank.mT @ self.phi_q.double()
         return gradients
+
+
+def _gradient_of_scores(weights: Tensor, dout: Tensor, v: Tensor) -> Tensor:
+    dweights = dout @ v.mT
+    return dweights.sub_((weights * dweights).sum(-1, keepdim=True)).mul_(weights)

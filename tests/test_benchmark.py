@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,9 +40,13 @@ class Meter:
     def __init__(self, timing: tuple[float, float, float]) -> None:
         self.timing = timing
 
-    def time(self, call):
-        call()
+    def graph(self, call, fault):
+        assert not fault(call())
         return self.timing
+
+    def eager(self, call):
+        call()
+        return type(self.timing)(*(10 * ms for ms in self.timing))
 
     def peak_bytes(self, call):
         return 0
@@ -72,6 +77,59 @@ def test_rows_of_ours(script, ours, meter: Meter, problem, rows: int | None) -> 
         names = {"q", "k", "v", *problem.expected(implementation.kind).bias}
         assert row["gradient_errors"].keys() == {f"d{name}" for name in names}
         assert max(row["gradient_errors"].values()) < 1e-5
+        assert row["timing"] == "graph"
+        assert row["gradients_checked_at"]["n"] == 70
+
+
+def test_what_cannot_be_captured_is_timed_eagerly(script, ours, meter: Meter, problem, monkeypatch) -> None:
+    def refuse(call, fault):
+        raise script("benchmark_gpu").NotCaptured("it waits for the device")
+
+    measure = script("benchmark_attention").measure
+    small = type(problem)(replace(problem.case, section="targets"), problem.device)
+    row = measure(small, ours[0], meter)
+    assert (row["timing"], row["ms_median"], row["ms_eager"]) == ("graph", 1.0, 10.0)
+    monkeypatch.setattr(meter, "graph", refuse)
+    row = measure(small, ours[0], meter)
+    assert (row["timing"], row["ms_median"], row["ms_eager"]) == ("eager", 10.0, 10.0)
+    assert row["graph_error"] == "it waits for the device"
+
+
+def test_a_graph_that_misses_a_kernel_gets_no_speed(script, ours, problem, monkeypatch) -> None:
+    """A replay that writes nothing leaves poison in the result, which the comparison with fp64 finds."""
+    gpu = script("benchmark_gpu")
+
+    class Empty:
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu, "_capture", lambda call: (Empty(), call()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    stopwatch = gpu.Stopwatch()
+    monkeypatch.setattr(stopwatch, "eager", lambda call: gpu.Timing(1.0, 1.0, 1.0))
+    monkeypatch.setattr(stopwatch, "peak_bytes", lambda call: 0)
+    row = script("benchmark_attention").measure(problem, ours[0], stopwatch)
+    assert row["timing"] == "eager"
+    assert "another result" in row["graph_error"]
+
+
+def test_targets_against_rows(script) -> None:
+    module = script("benchmark_targets")
+    common = {"section": "targets", "op": "triangle_attention", "direction": "fwd", "n": 768, "timing": "graph"}
+    rows = [
+        common | {"impl": "pairformer_fast factors", "bias": "factors", "ms_median": 0.8},
+        common | {"impl": "pairformer_fast dense", "bias": "dense", "ms_median": 1.06},
+        common | {"impl": "pairformer_fast mixed", "bias": "mixed", "error": "wrong result"},
+        common | {"impl": "no bias at all", "bias": "no bias", "ms_median": 0.1},
+        common | {"impl": "slow", "bias": "dense", "ms_median": 2.0},
+        common | {"impl": "fast", "bias": "dense", "ms_median": 0.84},
+        common | {"impl": "broken", "bias": "dense", "error": "wrong result"},
+        {"op": "ceiling", "impl": "device copy"},
+    ]
+    found = [line for line in module.outcomes(rows) if line.target.direction == "fwd" and line.target.n == 768]
+    assert [line.verdict for line in found] == ["met", "not measured", "missed"]
+    assert {(line.peer, line.peer_ms) for line in found} == {("fast", 0.84)}
+    module.print_summary(rows)
 
 
 @pytest.mark.parametrize("name", ["SDPA flash, no bias", "SDPA flash, factors concatenated"])
@@ -122,7 +180,7 @@ def test_missing_peer_is_a_row_with_its_error(script, meter: Meter, problem) -> 
 
 
 def test_selection(script) -> None:
-    module = script("benchmark_attention")
+    module = script("benchmark_selection")
     chosen = module.Selection.parse("targets", "384, 768", "pairformer_fast*, SDPA*, !*cuDNN*", "fwd")
     assert [(case.n, case.direction) for case in chosen.cases()] == [(384, "fwd"), (768, "fwd")]
     names = [one.name for one in module.IMPLEMENTATIONS if chosen.takes(one)]
@@ -139,9 +197,9 @@ def test_selection(script) -> None:
 
 def test_run_survives_a_lost_device(script, ours, meter, problem, tmp_path: Path, monkeypatch) -> None:
     """What was measured is on disk when a kernel takes the device with it; resuming measures the rest only."""
-    module, gpu = script("benchmark_attention"), script("benchmark_gpu")
+    module, gpu, selected = script("benchmark_attention"), script("benchmark_gpu"), script("benchmark_selection")
     ceilings = gpu.Ceilings(copy=3e12, matmul=700e12, clock=1.755e9, exp2=132 * 16 * 1.755e9)
-    monkeypatch.setattr(module, "cases", lambda: [replace(problem.case, kinds=("no bias", "factors", "dense"))])
+    monkeypatch.setattr(selected, "cases", lambda: [replace(problem.case, kinds=("no bias", "factors", "dense"))])
     monkeypatch.setattr(module, "Problem", lambda case, device: type(problem)(case, torch.device("cpu")))
     monkeypatch.setattr(module, "Stopwatch", lambda: meter)
     monkeypatch.setattr(module.Ceilings, "measure", lambda stopwatch: ceilings)
@@ -151,16 +209,19 @@ def test_run_survives_a_lost_device(script, ours, meter, problem, tmp_path: Path
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    selection = module.Selection.parse("", "", "pairformer_fast*", "")
+    selection = selected.Selection.parse("", "", "pairformer_fast*", "")
+    deadline = time.monotonic() + 600
     output = tmp_path / "attention.json"
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(module.DeviceLost):
-        module.run(selection, output, "abc", False)
+        module.run(selection, output, "abc", False, deadline)
     before = json.loads(output.read_text())
     assert [row["impl"] for row in before if row["op"] == "triangle_attention"] == ["pairformer_fast no bias"]
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert module.run(selection, output, "abc", True) == []
+    assert module.run(selection, output, "abc", True, time.monotonic() - 1) == []
+    assert len(measured) == 1
+    assert module.run(selection, output, "abc", True, deadline) == []
     rows = json.loads(output.read_text())
     assert rows[: len(before)] == before
     names = [row["impl"] for row in rows if row["op"] == "triangle_attention"]
