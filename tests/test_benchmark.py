@@ -195,6 +195,24 @@ def test_selection(script) -> None:
             module.Selection.parse(*options)
 
 
+def test_processes_that_compile_ahead_cover_the_selection(script, monkeypatch) -> None:
+    module, selected = script("benchmark_warm"), script("benchmark_selection")
+    covered = []
+
+    def process(task, environment):
+        chosen = selected.Selection.parse(*task)
+        for case in chosen.cases():
+            covered.extend((case.n, case.direction, one.name) for one in chosen.implementations(case))
+        return ""
+
+    monkeypatch.setattr(module, "_process", process)
+    module.compile_ahead(selected.Selection.parse("targets", "384,768", "*", "fwd"), 2)
+    assert len(set(covered)) == len(covered)
+    ours = [f"pairformer_fast {kind}" for kind in ("no bias", "factors", "mixed", "dense")]
+    compiled = [*ours, "FlexAttention, bias captured", "TurboPairFormer", "trifast"]
+    assert set(covered) == {(n, "fwd", name) for n in (384, 768) for name in compiled}
+
+
 def test_run_survives_a_lost_device(script, ours, meter, problem, tmp_path: Path, monkeypatch) -> None:
     """What was measured is on disk when a kernel takes the device with it; resuming measures the rest only."""
     module, gpu, selected = script("benchmark_attention"), script("benchmark_gpu"), script("benchmark_selection")
