@@ -50,7 +50,10 @@ class Widths(NamedTuple):
 
 @cache
 def choose(kind: str, length: int, rows: int, widths: Widths) -> HopperTiles:
-    """Cheapest entry of the table for ``length`` owned tokens, in as many stages as fit.
+    """Cheapest entry of the table for ``length`` owned tokens, in as many of its stages as fit.
+
+    Entries for wide factors are apart: their tiles need more registers. An entry's cost is its time at a length that
+    all numbers of consumers divide, relative to the cheapest.
 
     Parameters
     ----------
@@ -70,16 +73,25 @@ def choose(kind: str, length: int, rows: int, widths: Widths) -> HopperTiles:
         If nothing fits, which :func:`launch.hopper_takes` excludes.
     """
     dim = max(32, widths.head)
-    entries = [entry for entry in _table()["kernels"][kind] if entry["dim"] == dim]
+    entries = [entry for entry in _table()["kernels"][kind] if entry["dim"] == dim and entry["rank"] >= widths.rank]
+    narrowest = min((entry["rank"] for entry in entries), default=0)
+    entries = [entry for entry in entries if entry["rank"] == narrowest]
     entries.sort(key=lambda entry: -(-length // (entry["tiles"][0] * OWN)) * entry["tiles"][0] * entry["cost"])
     for entry in entries:
         tiles = HopperTiles(*entry["tiles"])
         for candidate in (tiles, tiles._replace(group=1), tiles._replace(consumers=2, group=1)):
-            stages = _stages(kind, candidate, widths)
-            if stages >= 2 and (kind != "backward_pairs" or candidate.consumers == 3):
-                fitting = candidate._replace(stages=min(stages, tiles.stages))
+            fitting = fit(kind, candidate, widths)
+            if fitting is not None:
                 return fitting if rows > 1 else fitting._replace(group=1)
     raise LookupError(f"no tiles of {kind} fit {widths}")
+
+
+def fit(kind: str, tiles: HopperTiles, widths: Widths) -> HopperTiles | None:
+    """The tiles in as many of their stages as fit; None if there is no room for two, or no such kernel."""
+    stages = min(_stages(kind, tiles, widths), tiles.stages)
+    if stages < 2 or (kind == "backward_pairs" and tiles.consumers != 3):
+        return None
+    return tiles._replace(stages=stages)
 
 
 def _stages(kind: str, tiles: HopperTiles, widths: Widths) -> int:
