@@ -6,6 +6,7 @@ Every new shape of a problem compiles three or four kernels for seconds each, so
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import triton
 
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.flash_bias import Factors, flash_bias_attention, hopper_tiles, launch
+from pairformer_fast.kernels.flash_bias.hopper_tiles import KINDS
 from tests.kernels import cases
 from tests.kernels.cases import Inputs, assert_identical, make, torch_results
 
@@ -34,7 +36,7 @@ def why_skipped() -> str:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_skipped()), reason=why_skipped())]
 
-MULTIPLE = 3
+MULTIPLES = {"max": 5.0, "mean": 2.5}
 """Errors allowed, in units of what PyTorch loses: it rounds weights, but not their gradients."""
 
 SLACK = 2.0**-9
@@ -90,10 +92,12 @@ def compare(got: Results, inputs: Inputs, slack: float = SLACK) -> None:
         if not size.numel():
             continue
         if name == "lse":
-            assert error.max() <= MULTIPLE * loss.max() + LSE_SLACK * max(1.0, size.max().item()), f"{error.max():.1e}"
+            assert error.max() <= MULTIPLES["max"] * loss.max() + LSE_SLACK * max(1.0, size.max().item()), (
+                f"{error.max():.1e}"
+            )
             continue
         for kind, measure in (("max", torch.max), ("mean", torch.mean)):
-            allowed = MULTIPLE * measure(loss) + slack * measure(size)
+            allowed = MULTIPLES[kind] * measure(loss) + slack * measure(size)
             assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
 
 
@@ -128,7 +132,7 @@ def test_against_fp64(case):
 @pytest.mark.parametrize("case", [Case(1, i=5), Case(1, "mixed", masks="rows", gate=True)], ids=str)
 def test_one_token(case):
     # The gradient of a logit is the difference of two equal numbers, one of them made from the rounded output.
-    check(make(case), slack=2.0**-6)
+    check(make(case), slack=2.0**-4)
 
 
 def test_single_attention():
@@ -260,7 +264,8 @@ def test_logits_far_outside_the_range_of_exp2(base, rows):
     scaled = torch.zeros(BASE.i, dtype=torch.bool, device="cuda")
     scaled[rows] = True
     assert torch.equal(marked.any(-1).any(-1).any(0), scaled)
-    check(sharp)
+    # Where one key has all the weight, gradients of logits are differences of nearly equal numbers.
+    check(sharp, slack=2.0**-6)
 
 
 def test_dense_bias_that_hides_keys_and_whole_queries():
@@ -312,22 +317,27 @@ def test_queries_without_keys_ignore_the_gradient_of_their_lse():
         assert (want[name][:, -1] == 0).all(), name
 
 
-def shipped() -> Iterator[tuple[int, int]]:
-    """Width of a head, and how many entries the longest list for it has."""
-    entries = hopper_tiles._table()["kernels"]
-    for dim in (32, 64):
-        for index in range(max(sum(entry["dim"] == dim for entry in entries[kind]) for kind in hopper_tiles.KINDS)):
-            yield dim, index
+def entries(kind: str, dim: int, rank: int) -> list[dict[str, Any]]:
+    """Entries of the table among which the choice is made for factors of ``rank``."""
+    wide = [x for x in hopper_tiles._table()["kernels"][kind] if x["dim"] == dim and x["rank"] >= rank]
+    return [x for x in wide if x["rank"] == min(x["rank"] for x in wide)]
+
+
+def shipped() -> Iterator[tuple[int, int, int]]:
+    """Width of a head, rank, and how many entries the longest list for them has."""
+    table = hopper_tiles._table()["kernels"]
+    for dim, rank in sorted({(x["dim"], x["rank"]) for kind in KINDS for x in table[kind]}):
+        for index in range(max(len(entries(kind, dim, rank)) for kind in KINDS)):
+            yield dim, rank, index
 
 
 @pytest.fixture
-def only_tiles(monkeypatch):
+def only_tiles(monkeypatch) -> Iterator[Callable[[int, int, int], None]]:
     """Leave the table of tiles one entry of each kind."""
-    table = hopper_tiles._table()["kernels"]
 
-    def keep(dim: int, index: int) -> None:
-        of_dim = {kind: [entry for entry in table[kind] if entry["dim"] == dim] for kind in hopper_tiles.KINDS}
-        kept = {kind: [entries[index % len(entries)]] for kind, entries in of_dim.items()}
+    def keep(dim: int, rank: int, index: int) -> None:
+        some = {kind: entries(kind, dim, rank) for kind in KINDS}
+        kept = {kind: [found[index % len(found)]] for kind, found in some.items()}
         monkeypatch.setattr(hopper_tiles, "_table", lambda: {"kernels": kept})
         hopper_tiles.choose.cache_clear()
 
@@ -336,10 +346,10 @@ def only_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["factors", "mixed"])
-@pytest.mark.parametrize(("dim", "index"), shipped())
-def test_shipped_tiles_are_right_and_repeat_bitwise(only_tiles, dim, index, form):
-    only_tiles(dim, index)
-    inputs = make(Case(300, form, b=2, i=5, m=200, d=dim, r=32, masks="rows empty", gate=True))
+@pytest.mark.parametrize(("dim", "rank", "index"), shipped())
+def test_shipped_tiles_are_right_and_repeat_bitwise(only_tiles, dim, rank, index, form):
+    only_tiles(dim, rank, index)
+    inputs = make(Case(300, form, b=2, i=5, m=200, d=dim, r=rank, masks="rows empty", gate=True))
     check(inputs)
     want = attend(inputs)
     for _ in range(4):
