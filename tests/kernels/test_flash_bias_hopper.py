@@ -20,7 +20,7 @@ from pairformer_fast.config import Backend
 from pairformer_fast.kernels.flash_bias import Factors, flash_bias_attention, hopper_tiles, launch
 from pairformer_fast.kernels.flash_bias.hopper_tiles import KINDS
 from tests.kernels import cases
-from tests.kernels.cases import Inputs, assert_identical, make, torch_results
+from tests.kernels.cases import DEVICE, Inputs, assert_identical, make, torch_results
 
 
 def why_skipped() -> str:
@@ -243,12 +243,12 @@ def test_the_hopper_kernels_run_where_the_problem_is_taken(monkeypatch, base):
 def test_other_problems_are_not_taken(base):
     for case in (replace(BASE, dtype=torch.float16), replace(BASE, d=20), replace(BASE, d=96)):
         assert not hopper_takes(make(case)), case
-    assert not hopper_takes(with_leaves(base, table=torch.zeros(2, 7, device="cuda")))
+    assert not hopper_takes(with_leaves(base, table=torch.zeros(2, 7, device=DEVICE)))
     assert not hopper_takes(make(replace(BASE, masks="pairs")))
 
 
-def test_weights_are_poisoned_before_they_are_written():
-    assert torch.empty(8, device="cuda", dtype=torch.bfloat16).isnan().all(), (
+def test_memory_is_poisoned_before_it_is_written():
+    assert torch.empty(8, device=DEVICE, dtype=torch.bfloat16).isnan().all(), (
         "no test here would see what is not written"
     )
 
@@ -261,7 +261,7 @@ def test_logits_far_outside_the_range_of_exp2(base, rows):
     sharp.leaves["q"][:, rows] *= 100
     q, k, v, terms, mask, _, gate = sharp.arguments()
     marked = hopper_forward.forward(q, k, v, terms, mask, gate)[1].isnan()
-    scaled = torch.zeros(BASE.i, dtype=torch.bool, device="cuda")
+    scaled = torch.zeros(BASE.i, dtype=torch.bool, device=DEVICE)
     scaled[rows] = True
     assert torch.equal(marked.any(-1).any(-1).any(0), scaled)
     # Where one key has all the weight, gradients of logits are differences of nearly equal numbers.
@@ -272,7 +272,7 @@ def test_dense_bias_that_hides_keys_and_whole_queries():
     case = Case(130, "dense", i=5, masks="rows")
     inputs = make(case)
     inputs.leaves["dense"][..., 100:] = -1e9
-    hidden = torch.zeros(case.n, dtype=torch.bool, device="cuda")
+    hidden = torch.zeros(case.n, dtype=torch.bool, device=DEVICE)
     hidden[[3, 4, 70, 129]] = True
     inputs.dout[:, :, hidden], inputs.dlse[..., hidden] = 0, 0
     blind = with_leaves(inputs, dense=inputs.leaves["dense"].masked_fill(hidden[:, None], -1e9))
@@ -346,7 +346,7 @@ def only_tiles(monkeypatch) -> Iterator[Callable[[int, int, int], None]]:
 
 
 @pytest.mark.parametrize("form", ["factors", "mixed"])
-@pytest.mark.parametrize(("dim", "rank", "index"), shipped())
+@pytest.mark.parametrize(("dim", "rank", "index"), list(shipped()))
 def test_shipped_tiles_are_right_and_repeat_bitwise(only_tiles, dim, rank, index, form):
     only_tiles(dim, rank, index)
     inputs = make(Case(300, form, b=2, i=5, m=200, d=dim, r=rank, masks="rows empty", gate=True))
