@@ -17,6 +17,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     OWN,
     REGISTERS,
     bias_operands,
+    ceil_div,
     mask_operands,
     padded,
     processors,
@@ -151,7 +152,7 @@ def _prepare(
     scaled, delta = (torch.empty(size, dtype=torch.float32, device=out.device)[..., :queries] for _ in range(2))
     do = readable(dout) if gate is None else torch.empty_like(out)
     dgate = None if gate is None else torch.empty_like(out)
-    prepare_kernel[(triton.cdiv(queries, 128) * heads * count * batch,)](
+    prepare_kernel[(ceil_div(queries, 128) * heads * count * batch,)](
         token_operand(dout),
         token_operand(out),
         token_operand(gate),
@@ -173,9 +174,9 @@ def _prepare(
 
 def _chunks(work: int, items: int, device: torch.device) -> tuple[int, int]:
     """Number of chunks and items of each, as few as give every multiprocessor its share of the work."""
-    wanted = triton.cdiv(WORK_PER_PROCESSOR * processors(device), work)
-    each = triton.cdiv(items, min(wanted, items))
-    return triton.cdiv(items, each), each
+    wanted = ceil_div(WORK_PER_PROCESSOR * processors(device), work)
+    each = ceil_div(items, min(wanted, items))
+    return ceil_div(items, each), each
 
 
 def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -185,7 +186,7 @@ def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[T
     batch, count, own_length, heads, dim = own0.shape
     other_length = other0.shape[2]
     tiles = tiles or choose("backward_dkv" if keys else "backward_dq", own_length, count, widths(terms, q))
-    blocks, groups = triton.cdiv(own_length, tiles.consumers * OWN.value), triton.cdiv(count, tiles.group)
+    blocks, groups = ceil_div(own_length, tiles.consumers * OWN.value), ceil_div(count, tiles.group)
     chunks, chunk = _chunks(batch * heads * blocks, groups, q.device)
     total = batch * chunks * heads * blocks
     own0_desc = token_descriptor(own0, OWN.value)
@@ -218,7 +219,7 @@ def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[T
             chunks,
             groups,
             chunk,
-            triton.cdiv(other_length, tiles.block),
+            ceil_div(other_length, tiles.block),
             *bias.flag_shape,
         ),
         (count, own_length, other_length),
@@ -247,7 +248,7 @@ def _pairs(problem: _Problem, tiles: HopperTiles | None) -> Tensor:
     batch, count, queries, heads, dim = q.shape
     keys = k.shape[2]
     tiles = tiles or choose("backward_pairs", queries, count, widths(terms, q))
-    blocks, key_blocks = triton.cdiv(queries, tiles.consumers * OWN.value), triton.cdiv(keys, OWN.value)
+    blocks, key_blocks = ceil_div(queries, tiles.consumers * OWN.value), ceil_div(keys, OWN.value)
     chunks, chunk = _chunks(batch * heads * blocks * key_blocks, count, q.device)
     total = batch * chunks * heads * blocks * key_blocks
     q_desc = token_descriptor(q, OWN.value)

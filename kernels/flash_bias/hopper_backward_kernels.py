@@ -283,13 +283,13 @@ def consumer(
                 if i < rows:
                     offset = ((b.to(gl.int64) * rows + i) * own_length * H + h) * D
                     # exp2 took scores in units of log2, whose gradient is that of the scores times 1.
-                    store_rows(outputs[0] + offset, H * D, grad0[g] * (scale / LOG2E), first, own_length, D, BLOCK_D)
+                    store_rows(outputs[0] + offset, H * D, grad0[g] * (scale / LOG2E), first, own_length, D)
                     if KEYS:
-                        store_rows(outputs[1] + offset, H * D, grad1[g], first, own_length, D, BLOCK_D)
+                        store_rows(outputs[1] + offset, H * D, grad1[g], first, own_length, D)
         if LOW_RANK:
             mbarrier.arrive(phi_empty.index(c), count=1)
             share = ((b.to(gl.int64) * chunks + i_chunk) * H + h) * own_length * R
-            store_rows(outputs[2] + share, R, d_phi, first, own_length, R, BLOCK_R)
+            store_rows(outputs[2] + share, R, d_phi, first, own_length, R)
 
 
 @gluon.jit

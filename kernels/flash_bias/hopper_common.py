@@ -147,14 +147,18 @@ def shared_dense(dense_buf, slot, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(pointer, stride, value, first, length, width, BLOCK: gl.constexpr):
-    """Write ``[64, BLOCK]`` in the accumulator's layout to rows ``first ..`` of a contiguous-row matrix."""
-    blocked: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    rows = first + gl.arange(0, OWN, layout=gl.SliceLayout(1, blocked))
-    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, blocked))
+def store_rows(pointer, stride, value, first, length, width):
+    """Write 64 rows from ``first`` on, straight from the accumulator's layout.
+
+    Conversion to a layout with wider stores takes scratch in shared memory; with it, results of persistent kernels were
+    seen to change from run to run (Triton 3.6).
+    """
+    layout: gl.constexpr = value.type.layout
+    rows = first + gl.arange(0, OWN, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
     kept = (rows < length)[:, None] & (columns < width)[None, :]
-    tile = gl.convert_layout(value.to(pointer.dtype.element_ty), blocked)
-    gl.store(pointer + rows.to(gl.int64)[:, None] * stride + columns[None, :], tile, mask=kept)
+    p_rows = pointer + rows.to(gl.int64)[:, None] * stride + columns[None, :]
+    gl.store(p_rows, value.to(pointer.dtype.element_ty), mask=kept)
 
 
 @gluon.jit
@@ -209,9 +213,14 @@ def widths(terms: BiasTerms, q: Tensor) -> Widths:
     return Widths(padded(q.shape[-1]), rank, terms.dense is not None)
 
 
+def ceil_div(items: int, size: int) -> int:
+    """Pieces of ``size`` that hold all items. Triton's own is slow outside kernels."""
+    return -(-items // size)
+
+
 def padded(width: int) -> int:
     """Smallest width of a tile that the tensor cores take."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def copyable(x: Tensor) -> bool:
@@ -299,8 +308,8 @@ def mask_operands(mask: Tensor | None, stand_in: Tensor) -> tuple[tuple[Any, ...
     if mask.stride(-1) != 1:
         mask = mask.contiguous()
     batch, rows, keys = mask.shape
-    blocks = triton.cdiv(keys, TILE)
+    blocks = ceil_div(keys, TILE)
     states = torch.empty(batch * rows, blocks, dtype=torch.uint8, device=mask.device)
     operand = mask.view(torch.uint8), mask.stride(0), mask.stride(1)
-    _states_kernel[(batch * rows, triton.cdiv(blocks, 16))](*operand, states, rows, keys, blocks, BLOCKS=16, TILE=TILE)
+    _states_kernel[(batch * rows, ceil_div(blocks, 16))](*operand, states, rows, keys, blocks, BLOCKS=16, TILE=TILE)
     return operand, (states, blocks)

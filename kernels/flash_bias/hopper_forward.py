@@ -10,7 +10,6 @@ NaN for its log-sum-exp, and ``triton_redo`` computes exactly those queries agai
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +33,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     advance,
     append,
     bias_operands,
+    ceil_div,
     copy_tokens,
     drop_keys,
     either,
@@ -254,7 +254,7 @@ def write_row(acc, sums, seen, targets, where, sizes, D: gl.constexpr, MASKED: g
         b_gate = gl.load(p_gate, mask=(index < queries)[:, None] & (columns < D)[None, :], other=0.0)
         value = value / (1.0 + gl.exp2(-b_gate.to(gl.float32) * LOG2E))
     p_out = out + (b.to(gl.int64) * rows + i) * queries * H * D + h * D
-    store_rows(p_out, H * D, value, first, queries, D, BLOCK_D)
+    store_rows(p_out, H * D, value, first, queries, D)
 
 
 @gluon.jit
@@ -416,7 +416,7 @@ def forward(
     q_desc = token_descriptor(q, OWN.value)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, rows, heads, queries, dtype=torch.float32, device=q.device)
-    blocks, groups = triton.cdiv(queries, tiles.consumers * OWN.value), triton.cdiv(rows, tiles.group)
+    blocks, groups = ceil_div(queries, tiles.consumers * OWN.value), ceil_div(rows, tiles.group)
     total = batch * groups * heads * blocks
     bias = bias_operands(terms, q_desc, tiles.block)
     with torch.cuda.device(q.device):
@@ -432,7 +432,7 @@ def forward(
             (out, 0, 0, 0, 0, 0) if gate is None else (gate, *gate.stride()),
             out,
             lse,
-            (total, blocks, heads, groups, triton.cdiv(keys, tiles.block), *bias.flag_shape),
+            (total, blocks, heads, groups, ceil_div(keys, tiles.block), *bias.flag_shape),
             (rows, queries, keys),
             dim**-0.5 * LOG2E.value,
             CONSUMERS=tiles.consumers,

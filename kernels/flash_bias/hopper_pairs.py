@@ -127,7 +127,7 @@ def consumer(
                 stage, phase = advance(stage, phase, STAGES)
             total_ds = gl.where(wanted != 0, total_ds, 0.0)
         share = ((b.to(gl.int64) * chunks + i_chunk) * H + h) * queries * keys
-        store_rows(out + share + n * OWN, keys, total_ds, first, queries, keys - n * OWN, OWN)
+        store_rows(out + share + n * OWN, keys, total_ds, first, queries, keys - n * OWN)
 
 
 @gluon.jit

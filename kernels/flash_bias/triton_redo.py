@@ -142,9 +142,9 @@ def redo(
 ) -> None:
     """Replace output and log-sum-exp of marked queries in place; arguments as in the forward pass."""
     batch, count, queries, heads, dim = q.shape
-    tiles = triton.cdiv(queries, BLOCK) * batch * count * heads
+    tiles = -(-queries // BLOCK) * batch * count * heads
     with on_device(q):
-        redo_kernel[(triton.cdiv(tiles, TILES_PER_PROGRAM),)](
+        redo_kernel[(-(-tiles // TILES_PER_PROGRAM),)](
             tokens(q),
             tokens(k),
             tokens(v),
