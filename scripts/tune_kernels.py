@@ -182,12 +182,14 @@ class Runner:
         DeviceLost
             If the candidate destroyed the CUDA context.
         """
+        kernel = _kernel(self.target)
+        kernel.device_caches.clear()  # so that what is there afterwards is the candidate
         try:
             results = self.run(tiles)
             torch.cuda.synchronize()
             if found := self.fault(results):
                 return {"error": f"wrong result: {found}"}
-            registers, spills = self._resources()
+            [compiled] = kernel.device_caches[torch.cuda.current_device()][0].values()
             ms = _milliseconds(lambda: self.run(tiles)) - self.overhead
         except Exception as error:
             try:
@@ -195,7 +197,7 @@ class Runner:
             except RuntimeError as lost:
                 raise DeviceLost(f"{self.target.identity} {tuple(tiles)}: {describe(lost)}") from error
             return {"error": describe(error)}
-        return {"ms": round(ms, 4), "registers": registers, "spills": spills}
+        return {"ms": round(ms, 4), "registers": compiled.n_regs, "spills": compiled.n_spills}
 
     @property
     def _kind(self) -> Kind:
@@ -230,12 +232,6 @@ class Runner:
         from pairformer_fast.kernels.flash_bias import triton_backward
 
         return triton_backward.backward(*arrived, None, None, None, needs, tiles=tiles)
-
-    def _resources(self) -> tuple[int, int]:
-        """Registers and spills of the kernel that was compiled last, which is the one that just ran first."""
-        compiled = _kernel(self.target).device_caches[torch.cuda.current_device()][0]
-        newest = next(reversed(compiled.values()))
-        return newest.n_regs, newest.n_spills
 
 
 def make_runner(target: Target, device: torch.device) -> Runner:

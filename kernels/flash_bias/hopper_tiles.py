@@ -11,10 +11,7 @@ OWN = 64
 """Queries, or keys, that one consumer owns: the height of the tensor cores' instruction."""
 
 SHARED_BYTES = 227 * 1024 - 2048
-"""What one block may take of a multiprocessor's shared memory, less its barriers."""
-
-SCRATCH_BYTES = 4096
-"""What the compiler takes for each consumer to change layouts, whatever the widths."""
+"""What one block may take of a multiprocessor's shared memory, less barriers and what the compiler needs."""
 
 KINDS = ("forward", "backward_dq", "backward_dkv", "backward_pairs")
 
@@ -109,7 +106,7 @@ def _stages(kind: str, tiles: HopperTiles, widths: Widths) -> int:
         held = tiles.consumers * OWN * (4 * tiles.group * token + factor)
         statistics = 8 * tiles.group * tiles.block if kind == "backward_dkv" else 0
         stage = tiles.block * (2 * tiles.group * token + factor) + table + statistics
-    return (SHARED_BYTES - held - SCRATCH_BYTES * tiles.consumers) // stage
+    return (SHARED_BYTES - held) // stage
 
 
 @cache
