@@ -356,6 +356,15 @@ def test_shipped_tiles_are_right_and_repeat_bitwise(only_tiles, dim, rank, index
         assert_identical(attend(inputs), want)
 
 
+@pytest.mark.parametrize("form", ["factors", "dense", "mixed"])
+def test_many_rows_repeat_bitwise(form):
+    inputs = make(Case(256, form, i=64, h=4, r=32))
+    assert hopper_takes(inputs)
+    want = attend(inputs)
+    for _ in range(10):
+        assert_identical(attend(inputs), want)
+
+
 def peak_beside(run) -> tuple[Results, int]:
     """What ``run`` returns, and the most memory that it held at a time, its results included."""
     run()
