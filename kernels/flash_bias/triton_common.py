@@ -161,17 +161,23 @@ def locate(i_program, blocks, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def wide(stride, unit):
+    """Stride in entries, in 64 bits: one in multiples of ``unit`` may fit into 32 bits where it does not."""
+    return tl.cast(stride, tl.int64) * unit
+
+
+@triton.jit
 def matrix_pointer(x, i_b, i_h):
     """Pointer to ``[X, Y]`` of one head; 64 bits because a tensor may hold more than 2^31 entries."""
-    return x.pointer + tl.cast(i_b, tl.int64) * (x.b * x.unit) + tl.cast(i_h, tl.int64) * (x.h * x.unit)
+    return x.pointer + i_b * wide(x.b, x.unit) + i_h * wide(x.h, x.unit)
 
 
 @triton.jit
 def tile_pointers(p_x, stride, stride_last, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to rows ``start ..`` of a matrix."""
+    """Pointers to rows ``start ..`` of a matrix, given its strides in 64 bits."""
     o_x = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
-    p_rows = p_x + tl.cast(start, tl.int64) * stride + tl.cast(o_x, tl.int64)[:, None] * stride
+    p_rows = p_x + start * stride + o_x[:, None] * stride
     return p_rows + o_d[None, :] * stride_last  # [BLOCK, BLOCK_D]
 
 
@@ -184,9 +190,8 @@ def tile_mask(start, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: 
 @triton.jit
 def token_pointers(x, i_b, i_i, i_h, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to tokens ``start ..`` of one row and head."""
-    p_x = x.pointer + tl.cast(i_b, tl.int64) * (x.b * x.unit) + tl.cast(i_i, tl.int64) * (x.i * x.unit)
-    p_x += tl.cast(i_h, tl.int64) * (x.h * x.unit)
-    return tile_pointers(p_x, x.n * x.unit, x.d, start, BLOCK, BLOCK_D)
+    p_x = x.pointer + i_b * wide(x.b, x.unit) + i_i * wide(x.i, x.unit) + i_h * wide(x.h, x.unit)
+    return tile_pointers(p_x, wide(x.n, x.unit), wide(x.d, 1), start, BLOCK, BLOCK_D)
 
 
 @triton.jit
@@ -208,7 +213,7 @@ def load_factors(x, i_b, i_h, start, length, R: tl.constexpr, BLOCK: tl.constexp
     """Rows ``start ..`` of the factors of one head, None without factors."""
     b_phi = None
     if x.pointer is not None:
-        p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), x.x * x.unit, x.y, start, BLOCK, BLOCK_R)
+        p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), wide(x.x, x.unit), wide(x.y, 1), start, BLOCK, BLOCK_R)
         b_phi = tl.load(p_phi, mask=tile_mask(start, length, R, BLOCK, BLOCK_R), other=0.0)
     return b_phi  # [BLOCK, BLOCK_R]
 
@@ -216,38 +221,38 @@ def load_factors(x, i_b, i_h, start, length, R: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 def store_factors(x, b_phi, i_b, i_h, start, length, R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
     """Inverse of ``load_factors``."""
-    p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), x.x * x.unit, x.y, start, BLOCK, BLOCK_R)
+    p_phi = tile_pointers(matrix_pointer(x, i_b, i_h), wide(x.x, x.unit), wide(x.y, 1), start, BLOCK, BLOCK_R)
     tl.store(p_phi, b_phi.to(x.pointer.dtype.element_ty), mask=tile_mask(start, length, R, BLOCK, BLOCK_R))
 
 
 @triton.jit
 def row_pointer(x, i_b, i_i, i_h):
     """Pointer to ``[N]`` of one row and head of a ``[B, I, H, N]`` tensor."""
-    return x.pointer + tl.cast(i_b, tl.int64) * x.b + tl.cast(i_i, tl.int64) * x.i + tl.cast(i_h, tl.int64) * x.h
+    return x.pointer + i_b * wide(x.b, 1) + i_i * wide(x.i, 1) + i_h * wide(x.h, 1)
 
 
 @triton.jit
 def load_vector(x, i_b, i_i, i_h, start, length, other, BLOCK: tl.constexpr):
     """Entries ``start ..`` of one row and head of a ``[B, I, H, N]`` tensor, ``other`` outside it."""
     o_x = tl.arange(0, BLOCK)
-    p_x = row_pointer(x, i_b, i_i, i_h) + tl.cast(start, tl.int64) * x.n
-    return tl.load(p_x + o_x * x.n, mask=o_x < length - start, other=other)  # [BLOCK]
+    p_x = row_pointer(x, i_b, i_i, i_h) + start * wide(x.n, 1)
+    return tl.load(p_x + o_x * wide(x.n, 1), mask=o_x < length - start, other=other)  # [BLOCK]
 
 
 @triton.jit
 def load_pairs(x, i_b, i_h, o_m, o_n, start_m, start_n, N, M):
     """Tile of a ``[B, H, N, M]`` tensor; ``o_m`` and ``o_n`` broadcast against each other in either order."""
-    stride = x.x * x.unit
-    p_x = matrix_pointer(x, i_b, i_h) + tl.cast(start_m, tl.int64) * stride + tl.cast(start_n, tl.int64) * x.y
-    p_tile = p_x + tl.cast(o_m - start_m, tl.int64) * stride + tl.cast(o_n - start_n, tl.int64) * x.y
+    stride, stride_last = wide(x.x, x.unit), wide(x.y, 1)
+    p_x = matrix_pointer(x, i_b, i_h) + start_m * stride + start_n * stride_last
+    p_tile = p_x + (o_m - start_m) * stride + (o_n - start_n) * stride_last
     return tl.load(p_tile, mask=(o_m < N) & (o_n < M), other=0)
 
 
 @triton.jit
 def tile_flags(bias, i_b, i_h, start_m, start_n, N, BLOCK_M: tl.constexpr):
     """Whether the first and the last query of a block lie in a tile flagged as dense; keys lie in one tile."""
-    p_flags = matrix_pointer(bias.dense_tiles, i_b, i_h) + start_n // FLAG_TILE * bias.dense_tiles.y
-    stride = bias.dense_tiles.x * bias.dense_tiles.unit
+    p_flags = matrix_pointer(bias.dense_tiles, i_b, i_h) + start_n // FLAG_TILE * wide(bias.dense_tiles.y, 1)
+    stride = wide(bias.dense_tiles.x, bias.dense_tiles.unit)
     last = tl.minimum(start_m + BLOCK_M, N) - 1
     first_flag = tl.load(p_flags + start_m // FLAG_TILE * stride)
     last_flag = tl.load(p_flags + last // FLAG_TILE * stride)
@@ -320,16 +325,15 @@ def bias_tile(
     ``b_phi_x`` is a tile of ``phi_k`` and ``b_phi_y`` one of ``phi_q``.
     """
     b_bias = tl.zeros_like(o_m - o_n).to(tl.float32)  # [BM, BN] or [BN, BM]
-    if bias.dense_tiles.pointer is not None:
-        first, last = tile_flags(bias, i_b, i_h, start_m, start_n, N, BLOCK_M)
-        if (first == 0) | (last == 0):
-            b_bias = low_rank_tile(bias, b_phi_x, b_phi_y, i_h, o_m, o_n, start_m, start_n, BLOCK_M, BLOCK_N, PRECISION)
-        if first | last:
-            b_dense = load_pairs(bias.dense, i_b, i_h, o_m, o_n, start_m, start_n, N, M).to(tl.float32)
-            m_dense = tl.where(o_m // FLAG_TILE == start_m // FLAG_TILE, first, last)
-            b_bias = tl.where(m_dense, b_dense, b_bias)
-    elif bias.phi_q.pointer is not None:
+    if bias.phi_q.pointer is not None:
+        # In dense tiles too: ptxas 12.8 takes a shared memory address made in a branch, for wgmma, as known after it.
         b_bias = low_rank_tile(bias, b_phi_x, b_phi_y, i_h, o_m, o_n, start_m, start_n, BLOCK_M, BLOCK_N, PRECISION)
+        if bias.dense_tiles.pointer is not None:
+            first, last = tile_flags(bias, i_b, i_h, start_m, start_n, N, BLOCK_M)
+            if first | last:
+                b_dense = load_pairs(bias.dense, i_b, i_h, o_m, o_n, start_m, start_n, N, M).to(tl.float32)
+                m_dense = tl.where(o_m // FLAG_TILE == start_m // FLAG_TILE, first, last)
+                b_bias = tl.where(m_dense, b_dense, b_bias)
     elif bias.dense.pointer is not None:
         b_bias = load_pairs(bias.dense, i_b, i_h, o_m, o_n, start_m, start_n, N, M).to(tl.float32)
     b_bias *= LOG2E

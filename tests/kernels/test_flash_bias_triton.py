@@ -18,8 +18,18 @@ from tests.kernels.cases import DEVICE, FLOOR, Case, Inputs, assert_identical, m
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
+import triton
+import triton.language as tl
+
 from pairformer_fast.kernels.flash_bias import triton_backward, triton_forward, triton_tiles
-from pairformer_fast.kernels.flash_bias.triton_common import precision
+from pairformer_fast.kernels.flash_bias.triton_common import (
+    VECTOR,
+    Matrix,
+    Tokens,
+    matrix_pointer,
+    precision,
+    token_pointers,
+)
 from pairformer_fast.kernels.flash_bias.triton_tiles import KINDS, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # queries without keys, NumPy
@@ -244,6 +254,22 @@ def test_shipped_tiles_are_right_and_repeat_bitwise(kind, size, tiles):
 )
 def test_any_shape(case):
     check(case)
+
+
+@triton.jit
+def offsets_kernel(x, y, offsets):
+    tl.store(offsets, matrix_pointer(x, 1, 0).to(tl.int64) - x.pointer.to(tl.int64))
+    p_y = token_pointers(y, 0, 1, 0, 0, 16, 16)
+    tl.store(offsets + 1, tl.max((p_y.to(tl.int64) - y.pointer.to(tl.int64)).reshape(256), 0))
+
+
+def test_strides_in_units_may_exceed_32_bits():
+    there = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE)
+    offsets = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    x = Matrix(there, b=2**31 // 8, y=1, unit=VECTOR)
+    y = Tokens(there, i=2**30, n=2**30 // 8, d=2**29, unit=VECTOR)
+    offsets_kernel[(1,)](x, y, offsets)
+    assert offsets.tolist() == [2 * 2**31, 2 * (8 * 2**30 + 15 * 2**30 + 15 * 2**29)]
 
 
 @pytest.mark.gpu
