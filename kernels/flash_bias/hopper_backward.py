@@ -257,9 +257,9 @@ def _pairs(problem: _Problem, tiles: HopperTiles | None) -> Tensor:
     pairs_kernel[(min(total, processors(q.device)),)](
         q_desc,
         *(token_descriptor(x, OWN.value) for x in (do, k, v)),
-        bias.dense,
         vector_descriptor(lse, OWN.value),
         vector_descriptor(delta, OWN.value),
+        (terms.dense, *terms.dense.stride()),
         bias.flags,
         *mask_operands(mask, q),
         shares,

@@ -123,10 +123,10 @@ def producer(
 
 
 @gluon.jit
-def own_statistics(pointer, b, i, h, H, rows, stride, index, length):
-    """Entries of a padded fp32 ``[B, I, H, N]`` for 64 owned queries."""
+def own_statistics(pointer, other: gl.constexpr, b, i, h, H, rows, stride, index, length):
+    """Entries of a padded fp32 ``[B, I, H, N]`` for 64 owned queries; ``other`` beyond the last query or row."""
     row = (b.to(gl.int64) * rows + gl.minimum(i, rows - 1)) * H + h
-    return gl.load(pointer + row * stride + index, mask=index < length, other=0.0)
+    return gl.load(pointer + row * stride + index, mask=(index < length) & (i < rows), other=other)
 
 
 @gluon.jit
@@ -188,9 +188,11 @@ def consumer(
                 if KEYS:
                     grad1 = append(grad1, gl.zeros([OWN, BLOCK_D], gl.float32, layout=token_layout))
                 else:
-                    where = own_statistics(statistics[0], b, i, h, H, rows, statistics[2], index, own_length)
-                    own_lse = append(own_lse, where)
-                    delta = own_statistics(statistics[1], b, i, h, H, rows, statistics[2], index, own_length)
+                    lse = own_statistics(
+                        statistics[0], float("inf"), b, i, h, H, rows, statistics[2], index, own_length
+                    )
+                    own_lse = append(own_lse, lse)
+                    delta = own_statistics(statistics[1], 0.0, b, i, h, H, rows, statistics[2], index, own_length)
                     own_delta = append(own_delta, delta)
                 if KEYS and MASKED:
                     keep = append(keep, own_keys(mask, b, i, rows, index, own_length))

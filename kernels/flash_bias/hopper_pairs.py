@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from pairformer_fast.kernels.flash_bias.hopper_common import (
+    LOG2E,
     OWN,
     advance,
     copy_tokens,
@@ -21,7 +22,6 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     init_barriers,
     load_states,
     multiply,
-    shared_dense,
     store_rows,
 )
 
@@ -44,26 +44,18 @@ def any_dense(flags, b, h, H, block, n, X, Y, CONSUMERS: gl.constexpr, BIAS: gl.
 
 @gluon.jit
 def producer(copied, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr):
-    """Copy the bias once for each work item, and queries, keys, values and their gradients for each row."""
+    """Copy queries, keys, values and the output's gradient for each row."""
     descs, buffers, flags, sizes = copied
-    q_desc, do_desc, k_desc, v_desc, dense_desc, lse_desc, delta_desc = descs
-    q_buf, do_buf, k_buf, v_buf, dense_buf, lse_buf, delta_buf = buffers[0]
-    dense_full, dense_empty, full, empty = buffers[1]
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc = descs
+    q_buf, do_buf, k_buf, v_buf, lse_buf, delta_buf, full, empty = buffers
     total, blocks, key_blocks, H, chunks, chunk, rows, flag_rows, flag_columns = sizes
     row_bytes: gl.constexpr = 2 * k_desc.block_type.nbytes + 2 * CONSUMERS * (
         q_desc.block_type.nbytes + lse_desc.block_type.nbytes
     )
-    stage, phase, dense_phase = 0, 1, 1
+    stage, phase = 0, 1
     for work in range(gl.program_id(0), total, gl.num_programs(0)):
         b, i_chunk, h, block, n = locate(work, blocks, H, chunks, key_blocks)
         if any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS) != 0:
-            for c in gl.static_range(CONSUMERS):
-                ready = dense_full.index(c)
-                mbarrier.wait(dense_empty.index(c), dense_phase)
-                mbarrier.expect(ready, dense_desc.block_type.nbytes)
-                first = (block * CONSUMERS + c) * OWN
-                tma.async_copy_global_to_shared(dense_desc, [b, h, first, n * OWN], ready, dense_buf.index(c))
-            dense_phase ^= 1
             for i in range(i_chunk * chunk, min((i_chunk + 1) * chunk, rows)):
                 ready = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
@@ -91,24 +83,25 @@ def consumer(
     MASKED: gl.constexpr,
 ):
     """Sum the bias gradient of one 64 x 64 tile over a chunk of rows."""
-    buffers, flags, mask, states, out, sizes, lengths, scale = shared
-    q_buf, do_buf, k_buf, v_buf, dense_buf, lse_buf, delta_buf = buffers[0]
-    dense_full, dense_empty, full, empty = buffers[1]
+    buffers, dense, flags, mask, states, out, sizes, lengths, scale = shared
+    q_buf, do_buf, k_buf, v_buf, lse_buf, delta_buf, full, empty = buffers
     total, blocks, key_blocks, H, chunks, chunk, rows, flag_rows, flag_columns = sizes
     queries, keys = lengths
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OWN, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
-    stage, phase, dense_phase = 0, 0, 0
+    stage, phase = 0, 0
     for work in range(gl.program_id(0), total, gl.num_programs(0)):
         b, i_chunk, h, block, n = locate(work, blocks, H, chunks, key_blocks)
         first = (block * CONSUMERS + c) * OWN
         total_ds = gl.zeros([OWN, OWN], gl.float32, layout=scores)
         if any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS) != 0:
             wanted = flag_at(flags, b, h, H, block * CONSUMERS + c, n, flag_rows, flag_columns, BIAS)
-            mbarrier.wait(dense_full.index(c), dense_phase)
-            dense_phase ^= 1
-            b_bias = shared_dense(dense_buf, c, OWN, scores)
-            mbarrier.arrive(dense_empty.index(c), count=1)
+            o_m = first + gl.arange(0, OWN, layout=by_row)
+            o_n = n * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, scores))
+            p_dense = dense[0] + b.to(gl.int64) * dense[1] + h.to(gl.int64) * dense[2]
+            p_dense += o_m.to(gl.int64)[:, None] * dense[3] + o_n.to(gl.int64)[None, :] * dense[4]
+            m_dense = (o_m < queries)[:, None] & (o_n < keys)[None, :]
+            b_bias = gl.load(p_dense, mask=m_dense, other=0.0).to(gl.float32) * LOG2E
             for i in range(i_chunk * chunk, min((i_chunk + 1) * chunk, rows)):
                 kept = load_states(states, b, i, rows, n, 1, MASKED)
                 slot = stage * CONSUMERS + c
@@ -136,9 +129,9 @@ def pairs_kernel(
     do_desc,
     k_desc,
     v_desc,
-    dense_desc,
     lse_desc,
     delta_desc,
+    dense,
     flags,
     mask,
     states,
@@ -160,22 +153,17 @@ def pairs_kernel(
     do_buf = gl.allocate_shared_memory(bf16, [OWNED] + do_desc.block_type.shape, do_desc.layout)
     k_buf = gl.allocate_shared_memory(bf16, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_buf = gl.allocate_shared_memory(bf16, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    dense_buf = gl.allocate_shared_memory(bf16, [CONSUMERS] + dense_desc.block_type.shape, dense_desc.layout)
     lse_buf = gl.allocate_shared_memory(gl.float32, [OWNED] + lse_desc.block_type.shape, lse_desc.layout)
     delta_buf = gl.allocate_shared_memory(gl.float32, [OWNED] + delta_desc.block_type.shape, delta_desc.layout)
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
-    dense_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barriers)
-    dense_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], barriers)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
-    init_barriers(dense_full, dense_empty, CONSUMERS, 1, 1)
     init_barriers(full, empty, STAGES, 1, CONSUMERS)
     fence_async_shared()
 
-    tiles = (q_buf, do_buf, k_buf, v_buf, dense_buf, lse_buf, delta_buf)
-    buffers = (tiles, (dense_full, dense_empty, full, empty))
-    copied = ((q_desc, do_desc, k_desc, v_desc, dense_desc, lse_desc, delta_desc), buffers, flags, sizes)
-    shared = (buffers, flags, mask, states, out, sizes, lengths, scale)
+    buffers = (q_buf, do_buf, k_buf, v_buf, lse_buf, delta_buf, full, empty)
+    copied = ((q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc), buffers, flags, sizes)
+    shared = (buffers, dense, flags, mask, states, out, sizes, lengths, scale)
     EACH: gl.constexpr = REGISTERS_EACH
     gl.static_assert(CONSUMERS == 3)
     gl.warp_specialize(
