@@ -35,8 +35,8 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     load_states,
     multiply,
     replace,
-    shared_dense,
     store_rows,
+    take_dense,
 )
 
 
@@ -216,22 +216,15 @@ def consumer(
                 if LOW_RANK:
                     b_phi_other = phi_other_buf.index(stage).reshape([BLOCK, BLOCK_R])
                 b_bias = gl.zeros([OWN, BLOCK], gl.float32, layout=scores)
-                if BIAS == DENSE:
-                    b_bias = shared_dense(dense_buf, stage * CONSUMERS + c, BLOCK, scores)
-                if BIAS == MIXED:
-                    if wanted != 0:
-                        b_bias = shared_dense(dense_buf, stage * CONSUMERS + c, BLOCK, scores)
-                    else:
-                        low_rank = multiply(b_phi, b_phi_other, BLOCK, scores)
-                        b_bias = warpgroup_mma_wait(0, deps=(low_rank,)) * LOG2E
                 next_s = multiply(own0[0], b_other0, BLOCK, scores)
                 next_dp = multiply(own1[0], b_other1, BLOCK, scores)
-                if BIAS == FACTORS:
+                if LOW_RANK:
                     low_rank = multiply(b_phi, b_phi_other, BLOCK, scores)
                     s, dp, b_bias = warpgroup_mma_wait(0, deps=(next_s, next_dp, low_rank))
                     b_bias *= LOG2E
                 else:
                     s, dp = warpgroup_mma_wait(0, deps=(next_s, next_dp))
+                b_bias = take_dense(b_bias, wanted, dense_buf, stage * CONSUMERS + c, BLOCK, BIAS)
                 db = b_bias
                 for g in gl.static_range(GROUP):
                     b_other0 = other0_buf.index(stage * GROUP + g).reshape([BLOCK, BLOCK_D])
@@ -246,9 +239,8 @@ def consumer(
                     if MASKED and KEYS:
                         p = gl.where((keep[g] != 0)[:, None], p, 0.0)
                     elif MASKED:
-                        p = drop_keys(
-                            p, kept[g], mask, b, group * GROUP + g, n * BLOCK, other_length, BLOCK, True, False
-                        )
+                        i = gl.minimum(group * GROUP + g, rows - 1)
+                        p = drop_keys(p, kept[g], mask, b, i, n * BLOCK, other_length, BLOCK, True, False)
                     ds = p * (dp - b_delta)
                     if KEYS:
                         b_p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, token_layout, 2))

@@ -141,17 +141,24 @@ def drop_keys(tile, state, mask, b, i, start, keys, BLOCK: gl.constexpr, MASKED:
 
 
 @gluon.jit
-def shared_dense(dense_buf, slot, N: gl.constexpr, layout: gl.constexpr):
-    """Dense bias of one consumer's tile in units of log2, ``[64, N]``."""
-    return dense_buf.index(slot).reshape([OWN, N]).load(layout).to(gl.float32) * LOG2E
+def take_dense(b_bias, wanted, dense_buf, slot, N: gl.constexpr, BIAS: gl.constexpr):
+    """The bias of one consumer's tile in units of log2: dense where it is wanted, ``b_bias`` elsewhere.
+
+    Branches hold no product of the tensor cores: ptxas 12.8 was seen to lose their addresses there.
+    """
+    if BIAS == DENSE:
+        b_bias = dense_buf.index(slot).reshape([OWN, N]).load(b_bias.type.layout).to(gl.float32) * LOG2E
+    if BIAS == MIXED:
+        if wanted != 0:
+            b_bias = dense_buf.index(slot).reshape([OWN, N]).load(b_bias.type.layout).to(gl.float32) * LOG2E
+    return b_bias
 
 
 @gluon.jit
 def store_rows(pointer, stride, value, first, length, width):
     """Write 64 rows from ``first`` on, straight from the accumulator's layout.
 
-    Conversion to a layout with wider stores takes scratch in shared memory; with it, results of persistent kernels were
-    seen to change from run to run (Triton 3.6).
+    Wider stores would need a conversion through shared memory.
     """
     layout: gl.constexpr = value.type.layout
     rows = first + gl.arange(0, OWN, layout=gl.SliceLayout(1, layout))

@@ -46,8 +46,8 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     padded,
     processors,
     replace,
-    shared_dense,
     store_rows,
+    take_dense,
     token_descriptor,
     widths,
 )
@@ -188,23 +188,17 @@ def consumer(
             mbarrier.wait(full.index(stage), phase)
             b_bias = zero
             pending = multiply(q[0], k_buf.index(stage * GROUP).reshape([BLOCK, BLOCK_D]), BLOCK, scores)
-            if BIAS == FACTORS:
+            if BIAS == FACTORS or BIAS == MIXED:
                 low_rank = multiply(phi_q, phi_k_buf.index(stage).reshape([BLOCK, BLOCK_R]), BLOCK, scores)
                 s, b_bias = warpgroup_mma_wait(0, deps=(pending, low_rank))
                 b_bias *= LOG2E
             else:
                 s = warpgroup_mma_wait(0, deps=(pending,))
-            if BIAS == DENSE:
-                b_bias = shared_dense(dense_buf, stage * CONSUMERS + c, BLOCK, scores)
-            if BIAS == MIXED:
-                if wanted != 0:
-                    b_bias = shared_dense(dense_buf, stage * CONSUMERS + c, BLOCK, scores)
-                else:
-                    low_rank = multiply(phi_q, phi_k_buf.index(stage).reshape([BLOCK, BLOCK_R]), BLOCK, scores)
-                    b_bias = warpgroup_mma_wait(0, deps=(low_rank,)) * LOG2E
+            b_bias = take_dense(b_bias, wanted, dense_buf, stage * CONSUMERS + c, BLOCK, BIAS)
             for g in gl.static_range(GROUP):
                 p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + scale, b_bias))  # [64, BLOCK]
-                p = drop_keys(p, kept[g], mask, b, group * GROUP + g, n * BLOCK, keys, BLOCK, MASKED, TAIL)
+                i = gl.minimum(group * GROUP + g, rows - 1)
+                p = drop_keys(p, kept[g], mask, b, i, n * BLOCK, keys, BLOCK, MASKED, TAIL)
                 sums = replace(sums, g, sums[g] + by_lane(p, BLOCK))
                 b_p = gl.convert_layout(p.to(gl.bfloat16), weights_operand)
                 if g + 1 < GROUP:

@@ -43,6 +43,15 @@ def any_dense(flags, b, h, H, block, n, X, Y, CONSUMERS: gl.constexpr, BIAS: gl.
 
 
 @gluon.jit
+def last_row(i_chunk, chunk, rows, found):
+    """End of the loop over rows: its beginning where no tile has a gradient.
+
+    A branch around the loop would hold products of the tensor cores, whose addresses ptxas 12.8 was seen to lose there.
+    """
+    return gl.where(found != 0, gl.minimum((i_chunk + 1) * chunk, rows), i_chunk * chunk)
+
+
+@gluon.jit
 def producer(copied, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr):
     """Copy queries, keys, values and the output's gradient for each row."""
     descs, buffers, flags, sizes = copied
@@ -55,21 +64,21 @@ def producer(copied, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.con
     stage, phase = 0, 1
     for work in range(gl.program_id(0), total, gl.num_programs(0)):
         b, i_chunk, h, block, n = locate(work, blocks, H, chunks, key_blocks)
-        if any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS) != 0:
-            for i in range(i_chunk * chunk, min((i_chunk + 1) * chunk, rows)):
-                ready = full.index(stage)
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(ready, row_bytes)
-                copy_tokens(k_desc, b, i, n * OWN, h, ready, k_buf.index(stage))
-                copy_tokens(v_desc, b, i, n * OWN, h, ready, v_buf.index(stage))
-                for c in gl.static_range(CONSUMERS):
-                    slot = stage * CONSUMERS + c
-                    first = (block * CONSUMERS + c) * OWN
-                    copy_tokens(q_desc, b, i, first, h, ready, q_buf.index(slot))
-                    copy_tokens(do_desc, b, i, first, h, ready, do_buf.index(slot))
-                    tma.async_copy_global_to_shared(lse_desc, [b, i, h, first], ready, lse_buf.index(slot))
-                    tma.async_copy_global_to_shared(delta_desc, [b, i, h, first], ready, delta_buf.index(slot))
-                stage, phase = advance(stage, phase, STAGES)
+        found = any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS)
+        for i in range(i_chunk * chunk, last_row(i_chunk, chunk, rows, found)):
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(ready, row_bytes)
+            copy_tokens(k_desc, b, i, n * OWN, h, ready, k_buf.index(stage))
+            copy_tokens(v_desc, b, i, n * OWN, h, ready, v_buf.index(stage))
+            for c in gl.static_range(CONSUMERS):
+                slot = stage * CONSUMERS + c
+                first = (block * CONSUMERS + c) * OWN
+                copy_tokens(q_desc, b, i, first, h, ready, q_buf.index(slot))
+                copy_tokens(do_desc, b, i, first, h, ready, do_buf.index(slot))
+                tma.async_copy_global_to_shared(lse_desc, [b, i, h, first], ready, lse_buf.index(slot))
+                tma.async_copy_global_to_shared(delta_desc, [b, i, h, first], ready, delta_buf.index(slot))
+            stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -94,31 +103,31 @@ def consumer(
         b, i_chunk, h, block, n = locate(work, blocks, H, chunks, key_blocks)
         first = (block * CONSUMERS + c) * OWN
         total_ds = gl.zeros([OWN, OWN], gl.float32, layout=scores)
-        if any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS) != 0:
-            wanted = flag_at(flags, b, h, H, block * CONSUMERS + c, n, flag_rows, flag_columns, BIAS)
-            o_m = first + gl.arange(0, OWN, layout=by_row)
-            o_n = n * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, scores))
-            p_dense = dense[0] + b.to(gl.int64) * dense[1] + h.to(gl.int64) * dense[2]
-            p_dense += o_m.to(gl.int64)[:, None] * dense[3] + o_n.to(gl.int64)[None, :] * dense[4]
-            m_dense = (o_m < queries)[:, None] & (o_n < keys)[None, :]
-            b_bias = gl.load(p_dense, mask=m_dense, other=0.0).to(gl.float32) * LOG2E
-            for i in range(i_chunk * chunk, min((i_chunk + 1) * chunk, rows)):
-                kept = load_states(states, b, i, rows, n, 1, MASKED)
-                slot = stage * CONSUMERS + c
-                mbarrier.wait(full.index(stage), phase)
-                b_q = q_buf.index(slot).reshape([OWN, BLOCK_D])
-                b_do = do_buf.index(slot).reshape([OWN, BLOCK_D])
-                next_s = multiply(b_q, k_buf.index(stage).reshape([OWN, BLOCK_D]), OWN, scores)
-                next_dp = multiply(b_do, v_buf.index(stage).reshape([OWN, BLOCK_D]), OWN, scores)
-                b_lse = lse_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
-                b_delta = delta_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
-                s, dp = warpgroup_mma_wait(0, deps=(next_s, next_dp))
-                mbarrier.arrive(empty.index(stage), count=1)
-                p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + scale, b_bias) - b_lse)  # [64, 64]
-                p = drop_keys(p, kept[0], mask, b, i, n * OWN, keys, OWN, MASKED, False)
-                total_ds = gl.fma(p, dp - b_delta, total_ds)
-                stage, phase = advance(stage, phase, STAGES)
-            total_ds = gl.where(wanted != 0, total_ds, 0.0)
+        found = any_dense(flags, b, h, H, block, n, flag_rows, flag_columns, CONSUMERS, BIAS)
+        wanted = flag_at(flags, b, h, H, block * CONSUMERS + c, n, flag_rows, flag_columns, BIAS)
+        o_m = first + gl.arange(0, OWN, layout=by_row)
+        o_n = n * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, scores))
+        p_dense = dense[0] + b.to(gl.int64) * dense[1] + h.to(gl.int64) * dense[2]
+        p_dense += o_m.to(gl.int64)[:, None] * dense[3] + o_n.to(gl.int64)[None, :] * dense[4]
+        m_dense = (o_m < queries)[:, None] & (o_n < keys)[None, :]
+        b_bias = gl.load(p_dense, mask=m_dense, other=0.0).to(gl.float32) * LOG2E
+        for i in range(i_chunk * chunk, last_row(i_chunk, chunk, rows, found)):
+            kept = load_states(states, b, i, rows, n, 1, MASKED)
+            slot = stage * CONSUMERS + c
+            mbarrier.wait(full.index(stage), phase)
+            b_q = q_buf.index(slot).reshape([OWN, BLOCK_D])
+            b_do = do_buf.index(slot).reshape([OWN, BLOCK_D])
+            next_s = multiply(b_q, k_buf.index(stage).reshape([OWN, BLOCK_D]), OWN, scores)
+            next_dp = multiply(b_do, v_buf.index(stage).reshape([OWN, BLOCK_D]), OWN, scores)
+            b_lse = lse_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
+            b_delta = delta_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
+            s, dp = warpgroup_mma_wait(0, deps=(next_s, next_dp))
+            mbarrier.arrive(empty.index(stage), count=1)
+            p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + scale, b_bias) - b_lse)  # [64, 64]
+            p = drop_keys(p, kept[0], mask, b, i, n * OWN, keys, OWN, MASKED, False)
+            total_ds = gl.fma(p, dp - b_delta, total_ds)
+            stage, phase = advance(stage, phase, STAGES)
+        total_ds = gl.where(wanted != 0, total_ds, 0.0)
         share = ((b.to(gl.int64) * chunks + i_chunk) * H + h) * queries * keys
         store_rows(out + share + n * OWN, keys, total_ds, first, queries, keys - n * OWN)
 
