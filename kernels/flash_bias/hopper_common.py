@@ -144,13 +144,12 @@ def drop_keys(tile, state, mask, b, i, start, keys, BLOCK: gl.constexpr, MASKED:
 def take_dense(b_bias, wanted, dense_buf, slot, N: gl.constexpr, BIAS: gl.constexpr):
     """The bias of one consumer's tile in units of log2: dense where it is wanted, ``b_bias`` elsewhere.
 
-    Branches hold no product of the tensor cores: ptxas 12.8 was seen to lose their addresses there.
+    Selected, not branched: ptxas 12.8 takes an address in shared memory that was made in a branch as known after it,
+    for the tensor cores' next operands too. What an unwanted tile reads is never used.
     """
-    if BIAS == DENSE:
-        b_bias = dense_buf.index(slot).reshape([OWN, N]).load(b_bias.type.layout).to(gl.float32) * LOG2E
-    if BIAS == MIXED:
-        if wanted != 0:
-            b_bias = dense_buf.index(slot).reshape([OWN, N]).load(b_bias.type.layout).to(gl.float32) * LOG2E
+    if BIAS == DENSE or BIAS == MIXED:
+        b_dense = dense_buf.index(slot).reshape([OWN, N]).load(b_bias.type.layout).to(gl.float32) * LOG2E
+        b_bias = gl.where(wanted != 0, b_dense, b_bias) if BIAS == MIXED else b_dense
     return b_bias
 
 
