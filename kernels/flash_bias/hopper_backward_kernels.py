@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -28,6 +27,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     OWN,
     advance,
     append,
+    copy_tile,
     copy_tokens,
     drop_keys,
     flag_at,
@@ -75,7 +75,7 @@ def producer(
                 mbarrier.wait(phi_empty.index(c), phi_phase)
                 mbarrier.expect(phi_full.index(c), phi_own.block_type.nbytes)
                 first = (block * CONSUMERS + c) * OWN
-                tma.async_copy_global_to_shared(phi_own, [b, h, first, 0], phi_full.index(c), phi_own_buf.index(c))
+                copy_tile(phi_own, [b, h, first, 0], phi_full.index(c), phi_own_buf.index(c))
             phi_phase ^= 1
         for group in range(i_chunk * chunk, min((i_chunk + 1) * chunk, groups)):
             for c in gl.static_range(CONSUMERS):
@@ -94,25 +94,21 @@ def producer(
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(ready, token_bytes + factor_bytes + statistics_bytes)
                 if LOW_RANK:
-                    tma.async_copy_global_to_shared(phi_other, [b, h, start, 0], ready, phi_other_buf.index(stage))
+                    copy_tile(phi_other, [b, h, start, 0], ready, phi_other_buf.index(stage))
                 for g in gl.static_range(GROUP):
                     i = group * GROUP + g
                     copy_tokens(other0, b, i, start, h, ready, other0_buf.index(stage * GROUP + g))
                     copy_tokens(other1, b, i, start, h, ready, other1_buf.index(stage * GROUP + g))
                     if KEYS:
-                        tma.async_copy_global_to_shared(
-                            lse_desc, [b, i, h, start], ready, lse_buf.index(stage * GROUP + g)
-                        )
-                        tma.async_copy_global_to_shared(
-                            delta_desc, [b, i, h, start], ready, delta_buf.index(stage * GROUP + g)
-                        )
+                        copy_tile(lse_desc, [b, i, h, start], ready, lse_buf.index(stage * GROUP + g))
+                        copy_tile(delta_desc, [b, i, h, start], ready, delta_buf.index(stage * GROUP + g))
                 if BIAS == DENSE or BIAS == MIXED:
                     for c in gl.static_range(CONSUMERS):
                         x = block * CONSUMERS + c
                         wanted = flag_at(flags, b, h, H, x, start // FLAG_TILE, flag_rows, flag_columns, BIAS)
                         mbarrier.arrive(ready, count=1, pred=wanted == 0)
                         mbarrier.expect(ready, dense_desc.block_type.nbytes, pred=wanted != 0)
-                        tma.async_copy_global_to_shared(
+                        copy_tile(
                             dense_desc,
                             [b, h, x * OWN, start],
                             ready,

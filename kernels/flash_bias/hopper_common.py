@@ -24,6 +24,9 @@ from pairformer_fast.kernels.flash_bias import hopper_tiles
 from pairformer_fast.kernels.flash_bias.hopper_tiles import Widths
 from pairformer_fast.kernels.flash_bias.terms import TILE, BiasTerms
 
+copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+"""Start the copy of one tile to shared memory; Triton 3.8 gave it another name."""
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -170,7 +173,7 @@ def store_rows(pointer, stride, value, first, length, width):
 @gluon.jit
 def copy_tokens(desc, b, i, n, h, barrier, buffer):
     """Start the copy of one tile of ``[B, I, N, H, D]``."""
-    tma.async_copy_global_to_shared(desc, [b, i, n, h, 0], barrier, buffer)
+    copy_tile(desc, [b, i, n, h, 0], barrier, buffer)
 
 
 @cache

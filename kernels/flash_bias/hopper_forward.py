@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -34,6 +33,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
     append,
     bias_operands,
     ceil_div,
+    copy_tile,
     copy_tokens,
     drop_keys,
     either,
@@ -96,7 +96,7 @@ def producer(
             mbarrier.wait(q_empty.index(slot), q_phase)
             if BIAS == FACTORS or BIAS == MIXED:
                 mbarrier.expect(ready, GROUP * q_desc.block_type.nbytes + phi_q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(phi_q_desc, [b, h, first, 0], ready, phi_q_buf.index(slot))
+                copy_tile(phi_q_desc, [b, h, first, 0], ready, phi_q_buf.index(slot))
             else:
                 mbarrier.expect(ready, GROUP * q_desc.block_type.nbytes)
             for g in gl.static_range(GROUP):
@@ -108,7 +108,7 @@ def producer(
             mbarrier.wait(empty.index(stage), phase)
             if BIAS == FACTORS or BIAS == MIXED:
                 mbarrier.expect(ready, 2 * GROUP * k_desc.block_type.nbytes + phi_k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(phi_k_desc, [b, h, start, 0], ready, phi_k_buf.index(stage))
+                copy_tile(phi_k_desc, [b, h, start, 0], ready, phi_k_buf.index(stage))
             else:
                 mbarrier.expect(ready, 2 * GROUP * k_desc.block_type.nbytes)
             for g in gl.static_range(GROUP):
@@ -120,7 +120,7 @@ def producer(
                     wanted = flag_at(flags, b, h, H, x, start // FLAG_TILE, flag_rows, flag_columns, BIAS)
                     mbarrier.arrive(ready, count=1, pred=wanted == 0)
                     mbarrier.expect(ready, dense_desc.block_type.nbytes, pred=wanted != 0)
-                    tma.async_copy_global_to_shared(
+                    copy_tile(
                         dense_desc, [b, h, x * OWN, start], ready, dense_buf.index(stage * CONSUMERS + c), wanted != 0
                     )
             stage, phase = advance(stage, phase, STAGES)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from pairformer_fast.kernels.flash_bias.hopper_common import (
     LOG2E,
     OWN,
     advance,
+    copy_tile,
     copy_tokens,
     drop_keys,
     flag_at,
@@ -76,8 +77,8 @@ def producer(copied, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.con
                 first = (block * CONSUMERS + c) * OWN
                 copy_tokens(q_desc, b, i, first, h, ready, q_buf.index(slot))
                 copy_tokens(do_desc, b, i, first, h, ready, do_buf.index(slot))
-                tma.async_copy_global_to_shared(lse_desc, [b, i, h, first], ready, lse_buf.index(slot))
-                tma.async_copy_global_to_shared(delta_desc, [b, i, h, first], ready, delta_buf.index(slot))
+                copy_tile(lse_desc, [b, i, h, first], ready, lse_buf.index(slot))
+                copy_tile(delta_desc, [b, i, h, first], ready, delta_buf.index(slot))
             stage, phase = advance(stage, phase, STAGES)
 
 
