@@ -75,7 +75,7 @@ def hopper_takes(q: Tensor, k: Tensor, v: Tensor, terms: BiasTerms, pair_mask: T
 
 
 def _wide_mixed(q: Tensor, terms: BiasTerms) -> bool:
-    """Mixed bias of rank above 32 beside heads wider than 32: at rank 128 an H100 gave wrong output; cause not known."""
+    """Mixed bias of rank above 32 beside heads wider than 32, wrong on an H100 at rank 128; cause not known."""
     rank = 0 if terms.phi_q is None else terms.phi_q.shape[-1]
     return terms.dense_tiles is not None and rank > 32 and q.shape[-1] > 32
 
