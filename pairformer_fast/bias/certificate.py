@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pairformer_fast.bias.toeplitz import toeplitz
+
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
@@ -15,8 +17,8 @@ class Certificate:
     Attributes
     ----------
     eps_row : Tensor
-        ``[B, H, N]`` fp64, half the range of ``bias - phi_q @ phi_k.mT`` along each row, over kept keys; zero for rows
-        of padding.
+        ``[B, H, N]`` fp64, half the range of ``bias - phi_q @ phi_k.mT`` (and the table, if there is one) along each
+        row, over kept keys; zero for rows of padding.
     """
 
     eps_row: Tensor
@@ -47,8 +49,15 @@ def kept_tokens(mask: Tensor | None, bias: Tensor) -> Tensor:
     return mask.any(1) if mask.ndim == 3 else mask
 
 
-def certify(bias: Tensor, phi_q: Tensor, phi_k: Tensor, mask: Tensor | None) -> Certificate:
-    r"""Bound the change of attention weights when ``bias`` is replaced by ``phi_q @ phi_k.mT``.
+def kept_pairs(keep: Tensor) -> Tensor:
+    """``[B, 1, N, N]``, True where both tokens of ``keep [B, N]`` are kept."""
+    return (keep[:, :, None] & keep[:, None, :]).unsqueeze(1)
+
+
+def certify(
+    bias: Tensor, phi_q: Tensor, phi_k: Tensor, mask: Tensor | None, table: Tensor | None = None
+) -> Certificate:
+    r"""Bound the change of attention weights when ``bias`` is replaced by ``phi_q @ phi_k.mT`` (and a table).
 
     Let l be the logits of one query with the bias and l + d with the factors, so d = c + e with a constant c and
     \|e\| <= eps, eps being half the range of d over kept keys. Softmax ignores c. For a set S of keys let p and p' be
@@ -68,6 +77,9 @@ def certify(bias: Tensor, phi_q: Tensor, phi_k: Tensor, mask: Tensor | None) -> 
     mask : Tensor, optional
         Bool ``[B, I, N]`` or ``[B, N]``, True = keep. Tokens that no row keeps are padding: they count neither as
         query nor as key.
+    table : Tensor, optional
+        ``[H, 2 W + 1]``, what is added to the factors by relative position (see
+        :class:`~pairformer_fast.kernels.flash_bias.Factors`).
 
     Returns
     -------
@@ -77,6 +89,8 @@ def certify(bias: Tensor, phi_q: Tensor, phi_k: Tensor, mask: Tensor | None) -> 
     residual = torch.baddbmm(
         bias.double().flatten(0, 1), phi_q.double().flatten(0, 1), phi_k.double().mT.flatten(0, 1), alpha=-1
     ).view(bias.shape)
+    if table is not None:
+        residual -= toeplitz(table.double(), bias.shape[-1])
     if mask is None:
         return Certificate((residual.amax(-1) - residual.amin(-1)) / 2)
     keep = kept_tokens(mask, bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.bias.certificate import kept_tokens
+from pairformer_fast.bias.toeplitz import toeplitz
 
 SAMPLED_ROWS = 8
 SAMPLED_PAIRS = 256
@@ -50,8 +51,8 @@ class Probe:
             mask = None if mask is None else mask.unsqueeze(1)
         if mask is None:
             mask = torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
-        rows = _spread(mask.any(-1), SAMPLED_ROWS)
-        self._queries = _spread(keep, SAMPLED_PAIRS // rows.shape[1])
+        rows = spread(mask.any(-1), SAMPLED_ROWS)
+        self._queries = spread(keep, SAMPLED_PAIRS // rows.shape[1])
         self._entry = torch.arange(q.shape[0], device=q.device)[:, None]
         dtype = torch.promote_types(q.dtype, torch.float32)
         sampled_q = q[self._entry[..., None], rows[:, :, None], self._queries[:, None, :]].to(dtype)
@@ -60,10 +61,13 @@ class Probe:
         self._logits = torch.einsum("bsqhd,bsnhd->bshqn", sampled_q, sampled_k) * q.shape[-1] ** -0.5
         self._exact = self._weights(self._rows_of(bias))
 
-    def error(self, phi_q: Tensor, phi_k: Tensor) -> ProbedError:
-        """Error of the factors ``[B, H, N, R]``."""
+    def error(self, phi_q: Tensor, phi_k: Tensor, table: Tensor | None = None) -> ProbedError:
+        """Error of the factors ``[B, H, N, R]``, with a table ``[H, 2 W + 1]`` of relative positions beside them."""
         dtype = self._logits.dtype
-        approximate = self._weights(self._rows_of(phi_q).to(dtype) @ phi_k.to(dtype).mT)
+        bias = self._rows_of(phi_q).to(dtype) @ phi_k.to(dtype).mT
+        if table is not None:
+            bias = bias + self._rows_of(toeplitz(table.to(dtype), phi_k.shape[-2]).expand(len(phi_k), -1, -1, -1))
+        approximate = self._weights(bias)
         variation = (approximate - self._exact).abs().sum(-1) / 2
         return ProbedError(mean=variation.mean(dim=(1, 3)), max=variation.amax(dim=(1, 3)))
 
@@ -76,7 +80,7 @@ class Probe:
         return logits.softmax(-1).masked_fill(self._dropped, 0)
 
 
-def _spread(valid: Tensor, size: int) -> Tensor:
+def spread(valid: Tensor, size: int) -> Tensor:
     """At most ``size`` indices ``[B, S]``, evenly spread over the true entries of ``valid`` ``[B, L]``."""
     size = min(size, valid.shape[1])
     valid_first = torch.argsort(~valid, dim=1, stable=True)

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pairformer_fast.bias.certificate import kept_tokens
+from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """All singular triplets of the row-centred bias, from which any rank is cut.
+    """Leading singular triplets of the row-centred bias, from which lower ranks are cut.
 
     Attributes
     ----------
     values : Tensor
-        ``[B, H, N]`` fp64, singular values, largest first.
+        ``[B, H, K]`` fp64, singular values, largest first; K is N for the exact decomposition.
     left, right : Tensor
-        ``[B, H, N, N]``, singular vectors in columns, each times the root of its singular value; zero for padding.
+        ``[B, H, N, K]``, singular vectors in columns, each times the root of its singular value; zero for padding.
         Dtype of the bias.
     rank : Tensor
-        ``[B, H]`` int64, numerical rank.
+        ``[B, H]`` int64, numerical rank, at most K.
     """
 
     values: Tensor
@@ -70,18 +70,18 @@ def decompose(bias: Tensor, mask: Tensor | None) -> Spectrum:
         Bool ``[B, I, N]`` or ``[B, N]``, True = keep.
     """
     keep = kept_tokens(mask, bias)
-    pairs = (keep[:, :, None] & keep[:, None, :]).unsqueeze(1)
+    pairs = kept_pairs(keep)
     table = bias.double().masked_fill(~pairs, 0)
     count = keep.sum(-1).clamp(min=1)[:, None, None, None]
     centred = (table - table.sum(-1, keepdim=True) / count).masked_fill(~pairs, 0)
 
     if bias.dtype == torch.float64:
-        with _one_thread():
+        with one_thread():
             left, values, right_transposed = torch.linalg.svd(centred)
         projected, vectors = left * values.unsqueeze(-2), right_transposed.mT
     else:
         gram = centred.mT @ centred
-        with _one_thread():
+        with one_thread():
             vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)
         projected = centred @ vectors
         values = torch.linalg.vector_norm(projected, dim=-2)
@@ -96,7 +96,7 @@ def decompose(bias: Tensor, mask: Tensor | None) -> Spectrum:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep LAPACK on one CPU thread.
 
     It synchronises its threads after every little step. On two cores that other processes use, too, an
