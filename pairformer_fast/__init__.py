@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pairformer_fast.inference.compare import compare_structures
     from pairformer_fast.inference.pipeline import fold
     from pairformer_fast.inference.settings import FoldSettings
+    from pairformer_fast.integrations import Acceleration, accelerate
     from pairformer_fast.kernels.flash_bias import flash_bias_attention
     from pairformer_fast.model.checkpoint import load_checkpoint
     from pairformer_fast.model.folding import FoldingModel
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
     "AttentionConfig",
     "BiasFactors",
     "FoldSettings",
     "FoldingModel",
     "ModelConfig",
     "__version__",
+    "accelerate",
     "compare_structures",
     "flash_bias_attention",
     "fold",
@@ -33,11 +36,13 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Acceleration": "integrations",
     "AttentionConfig": "config",
     "BiasFactors": "bias",
     "FoldSettings": "inference.settings",
     "FoldingModel": "model.folding",
     "ModelConfig": "config",
+    "accelerate": "integrations",
     "compare_structures": "inference.compare",
     "flash_bias_attention": "kernels.flash_bias",
     "fold": "inference.pipeline",

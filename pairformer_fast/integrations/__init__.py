@@ -1,0 +1,58 @@
+"""Acceleration of models of other packages, in place: one module per host package."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from pairformer_fast.config import AttentionConfig
+from pairformer_fast.integrations.acceleration import Acceleration, Skipped
+
+__all__ = ["Acceleration", "Skipped", "accelerate"]
+
+_HOSTS = {"openfold3": "openfold3"}
+"""Top-level package of a host's modules, and the module here that knows it."""
+
+
+def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Acceleration:
+    """Let the attention of a built model of another package run through this one, in place.
+
+    Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
+    checkpoints stay as they are. Triangle multiplication, transitions and everything else of the host are left alone.
+    Accelerate before ``torch.compile``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model of OpenFold3 0.5 (``openfold3``), or any part of one that holds attention with a pair bias: a block, a
+        stack, a wrapper around the model.
+    config : AttentionConfig, optional
+        How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. Training needs
+        ``AttentionConfig(bias="dense")``, since a decomposition passes no gradient to the bias.
+
+    Returns
+    -------
+    Acceleration
+        What was swapped and what was not; collects the reports on the bias; undoes the swap.
+
+    Raises
+    ------
+    ValueError
+        If the model holds nothing that can be accelerated; it is then as it was.
+
+    Examples
+    --------
+    >>> acceleration = accelerate(model, AttentionConfig(bias="svd", tolerance=0.05))  # doctest: +SKIP
+    >>> model(batch); acceleration.reports()  # doctest: +SKIP
+    >>> acceleration.restore()  # doctest: +SKIP
+    """
+    config = AttentionConfig() if config is None else config
+    hosts = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
+    for host in _HOSTS.keys() & hosts:
+        plan = import_module(f"{__name__}.{_HOSTS[host]}").plan(model)
+        return Acceleration(plan, config)
+    raise ValueError(
+        f"{type(model).__name__} has no module of a package that can be accelerated ({', '.join(_HOSTS)}); give the "
+        "built model or a part of it, such as a Pairformer block"
+    )

@@ -1,0 +1,133 @@
+"""The swap of classes itself, whatever the host: done at once, undone exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from torch import nn
+
+from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.config import AttentionConfig
+
+CORE = "core"
+"""Name of the :class:`~pairformer_fast.bias.PairBiasAttention` within the module that takes q, k and v to it."""
+
+
+class NewClass(NamedTuple):
+    """A module and the class it is to get."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+
+
+class Target(NamedTuple):
+    """One attention to swap.
+
+    Attributes
+    ----------
+    path : str
+        Within the model.
+    classes : tuple of NewClass
+        All modules that change together.
+    holder : nn.Module
+        Which of them gets the core.
+    """
+
+    path: str
+    classes: tuple[NewClass, ...]
+    holder: nn.Module
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that looks like attention and was left as it was.
+
+    Attributes
+    ----------
+    path : str
+        Within the model; empty for the model itself.
+    cls : str
+        Its class, with its module.
+    reason : str
+        Why.
+    """
+
+    path: str
+    cls: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be swapped in a model, and what not."""
+
+    targets: Sequence[Target]
+    skipped: Sequence[Skipped]
+
+
+class Acceleration:
+    """A swap that was done; as a context manager it is undone at the end.
+
+    Attributes
+    ----------
+    swapped : tuple of str
+        Paths of the accelerated attention modules within the model.
+    skipped : tuple of Skipped
+        What looks like attention and still runs the host's code.
+    """
+
+    def __init__(self, plan: Plan, config: AttentionConfig) -> None:
+        self.swapped = tuple(target.path for target in plan.targets)
+        self.skipped = tuple(plan.skipped)
+        self._cores: dict[str, PairBiasAttention] = {}
+        self._undo = [NewClass(module, type(module)) for target in plan.targets for module, _ in target.classes]
+        self._holders = [target.holder for target in plan.targets]
+        for target in plan.targets:
+            core = PairBiasAttention().train(target.holder.training)
+            core.config = config
+            target.holder.add_module(CORE, core)
+            self._cores[target.path] = core
+            for module, cls in target.classes:
+                module.__class__ = cls
+
+    def __repr__(self) -> str:
+        return f"Acceleration({len(self.swapped)} swapped, {len(self.skipped)} skipped)"
+
+    def configure(self, config: AttentionConfig) -> None:
+        """Compute attention as ``config`` says from now on, and forget the reports."""
+        for core in self._cores.values():
+            core.config = config
+        self.reset()
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What became of the bias in each call in evaluation mode since the last :meth:`reset`, JSON-ready.
+
+        Beside the fields of :class:`~pairformer_fast.bias.BiasReport` each has ``name``, the path of the attention
+        module within the model. Reports add up over calls: reset between predictions.
+        """
+        return [{"name": path, **asdict(report)} for path, core in self._cores.items() for report in core.report]
+
+    def reset(self) -> None:
+        """Forget the reports."""
+        for core in self._cores.values():
+            core.reset()
+
+    def restore(self) -> None:
+        """Give every module the class it had, and take the cores out again; nothing happens the second time."""
+        for module, cls in self._undo:
+            module.__class__ = cls
+        for holder in self._holders:
+            delattr(holder, CORE)
+        self._undo.clear()
+        self._holders.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.restore()

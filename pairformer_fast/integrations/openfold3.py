@@ -1,0 +1,164 @@
+"""OpenFold3 0.5: triangle attention, attention with pair bias, and that of the diffusion transformer.
+
+Layer norms, projections, the pair bias, the gate and the output stay OpenFold3's own code, and with it the orientation
+of the bias around the ending node: b[i, k] in OpenFold3 0.5 (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as
+in AlphaFold 2. Nothing here transposes it. Only what lies between q, k, v and the gate is replaced. Triangle
+multiplication and transitions are not touched.
+
+Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
+masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
+and kernels do not reach attention, which never holds a table of all its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from openfold3.core.model.layers.attention_pair_bias import (
+    AttentionPairBias,
+    CrossAttentionPairBias,
+    DiffusionAttentionPairBias,
+)
+from openfold3.core.model.layers.msa import MSAAttention, MSAPairWeightedAveraging
+from openfold3.core.model.layers.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
+from openfold3.core.model.primitives.attention import Attention, GlobalAttention
+from torch import Tensor, nn
+
+from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.integrations.acceleration import CORE, NewClass, Plan, Skipped, Target
+
+
+class FastAttention(Attention):
+    """Multi-head attention whose core is a :class:`~pairformer_fast.bias.PairBiasAttention`."""
+
+    core: PairBiasAttention
+
+    def forward(
+        self, q_x: Tensor, kv_x: Tensor, biases: list[Tensor], use_high_precision: bool = False, **_kernel_flags: Any
+    ) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        q_x, kv_x : Tensor
+            ``[*, N, C]``.
+        biases : list of Tensor
+            Mask bias ``[*, 1, 1, N]``, 0 for keys to keep, and pair bias ``[*, H, N, N]``; leading dimensions
+            broadcast.
+        use_high_precision : bool
+            Attend in fp32 (fp64 for fp64 inputs), whatever the dtype of the projections.
+
+        Returns
+        -------
+        Tensor
+            ``[*, N, C]``.
+        """
+        q, k, v = (x.transpose(-2, -3) for x in self._prep_qkv(q_x, kv_x, apply_scale=False))
+        mask_bias, pair_bias = biases
+        dtype = torch.promote_types(q.dtype, torch.float32) if use_high_precision else q.dtype
+        out = _attend(self.core, q.to(dtype), k.to(dtype), v.to(dtype), pair_bias.to(dtype), mask_bias)
+        return self._wrap_up(out.to(q.dtype), q_x)
+
+
+class FastTriangleAttention(TriangleAttention):
+    """Triangle attention that is not cut into chunks of rows: one factorisation serves all of them."""
+
+    def _chunk(self, x: Tensor, biases: list[Tensor], *_limits: Any, **_flags: Any) -> Tensor:
+        return self.mha(q_x=x, kv_x=x, biases=biases)
+
+
+class FastTriangleAttentionEndingNode(FastTriangleAttention, TriangleAttentionEndingNode):
+    """The same for the class that transposes by itself."""
+
+
+_NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    TriangleAttention: FastTriangleAttention,
+    TriangleAttentionEndingNode: FastTriangleAttentionEndingNode,
+    AttentionPairBias: AttentionPairBias,
+    DiffusionAttentionPairBias: DiffusionAttentionPairBias,
+}
+"""By exact class: a subclass may compute something else. Where the class stays, that of ``mha`` is all that changes."""
+
+_OTHER: dict[type[nn.Module], str] = {
+    CrossAttentionPairBias: "attends between blocks of atoms, not with one bias for N x N tokens",
+    MSAAttention: "attention over an MSA is not supported",
+    MSAPairWeightedAveraging: "has neither queries nor keys: its weights are made from the pair representation alone",
+    GlobalAttention: "global attention has no pair bias",
+}
+
+
+def plan(model: nn.Module) -> Plan:
+    """What to swap in ``model``; nothing is changed yet.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to swap.
+    """
+    targets: list[Target] = []
+    skipped: list[Skipped] = []
+    for path, module in _attentions(model):
+        reason = _obstacle(module)
+        if reason is None:
+            mha = module.get_submodule("mha")
+            classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
+            targets.append(Target(path, classes, mha))
+        else:
+            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
+    if not targets:
+        looked_for = ", ".join(cls.__name__ for cls in _NEW_CLASS)
+        found = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
+        raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{found}")
+    return Plan(targets, skipped)
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own OpenFold3's ``Attention``, and others that look like attention and hold no such module."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Attention, PairBiasAttention)):
+            continue
+        owns = any(isinstance(child, Attention) for child in module.children())
+        if owns or (_looks_like_attention(module) and sum(map(_looks_like_attention, module.modules())) == 1):
+            yield path, module
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    return isinstance(module, tuple(_OTHER)) or "attention" in type(module).__name__.lower()
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why ``module`` cannot be swapped; None if it can."""
+    for known, reason in _OTHER.items():
+        if isinstance(module, known):
+            return reason
+    if isinstance(getattr(module, "mha", None), FastAttention):
+        return "accelerated already; restore it first, or set another config with set_attention"
+    if type(module) not in _NEW_CLASS:
+        known_base = isinstance(module, tuple(_NEW_CLASS))
+        return "a subclass, which may compute something else" if known_base else "not an attention that is known here"
+    if type(module.mha) is not Attention:
+        return f"its mha is not OpenFold3's Attention but {type(module.mha).__qualname__}"
+    if "forward" in vars(module) or "forward" in vars(module.mha):
+        return "its forward was replaced on the instance"
+    if hasattr(module.mha, CORE):
+        return f"its mha already has an attribute '{CORE}'"
+    return None
+
+
+def _attend(core: PairBiasAttention, q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor, mask_bias: Tensor) -> Tensor:
+    """Bring the host's broadcast shapes into those of the core.
+
+    A bias with a last leading dimension of 1 is shared by all rows of q: the rows I of triangle attention, the samples
+    of the diffusion transformer.
+    """
+    *leading, tokens, heads, dim = q.shape
+    batch, rows = leading, []
+    if pair_bias.ndim > 3 and pair_bias.shape[-4] == 1 and leading[-1] > 1:
+        batch, rows = leading[:-1], leading[-1:]
+        pair_bias = pair_bias.squeeze(-4)
+    bias = pair_bias.expand(*batch, heads, tokens, tokens).reshape(-1, heads, tokens, tokens)
+    keep = (mask_bias == 0)[..., 0, 0, :].expand(*leading, tokens).reshape(-1, *rows, tokens)
+    q, k, v = (x.reshape(-1, *rows, tokens, heads, dim) for x in (q, k, v))
+    return core(q, k, v, bias, keep).reshape(*leading, tokens, heads, dim)
