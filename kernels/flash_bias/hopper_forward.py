@@ -59,9 +59,13 @@ LARGEST_SUM = gl.constexpr(2.0**100)
 
 
 @gluon.constexpr_function
-def query_places(consumers):
-    """Places for queries in shared memory: four consumers leave them there, having too few registers, and need two."""
-    return 2 if consumers == 4 else 1
+def query_places(consumers, block, block_d):
+    """Places for queries in shared memory: 1 where registers hold them, 2 where they stay in shared memory.
+
+    Four consumers have too few registers. And where weights and queries have one layout as operands, machine code was
+    found in which weights take the registers of the queries (ptxas 12.8 and 13.0).
+    """
+    return 2 if consumers == 4 or block == block_d else 1
 
 
 @gluon.jit
@@ -78,10 +82,11 @@ def producer(
     GROUP: gl.constexpr,
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     BIAS: gl.constexpr,
 ):
     """Copy queries once for each work item, and keys, values and bias for each of its key blocks."""
-    PLACES: gl.constexpr = query_places(CONSUMERS)
+    PLACES: gl.constexpr = query_places(CONSUMERS, BLOCK, BLOCK_D)
     descs, buffers, flags, sizes = copied
     q_desc, k_desc, v_desc, phi_q_desc, phi_k_desc, dense_desc = descs
     q_buf, phi_q_buf, k_buf, v_buf, phi_k_buf, dense_buf, q_full, q_empty, full, empty = buffers
@@ -149,7 +154,7 @@ def consumer(
     GATED: gl.constexpr,
 ):
     """Attention of 64 queries of ``GROUP`` rows: each tile of the bias is made once and used for all of them."""
-    PLACES: gl.constexpr = query_places(CONSUMERS)
+    PLACES: gl.constexpr = query_places(CONSUMERS, BLOCK, BLOCK_D)
     buffers, flags, mask, states, gate, out, lse, sizes, lengths, scale = shared
     q_buf, phi_q_buf, k_buf, v_buf, phi_k_buf, dense_buf, q_full, q_empty, full, empty = buffers
     total, blocks, H, groups, key_blocks, flag_rows, flag_columns = sizes
@@ -282,7 +287,7 @@ def forward_kernel(
     REGISTERS_EACH: gl.constexpr,
 ):
     """Start one producer and the consumers, which share the keys and values of ``GROUP`` rows."""
-    PLACES: gl.constexpr = query_places(CONSUMERS)
+    PLACES: gl.constexpr = query_places(CONSUMERS, BLOCK, BLOCK_D)
     LOW_RANK: gl.constexpr = BIAS == FACTORS or BIAS == MIXED
     TABLE: gl.constexpr = BIAS == DENSE or BIAS == MIXED
     bf16: gl.constexpr = gl.bfloat16
@@ -324,7 +329,7 @@ def forward_kernel(
                     consumer,
                     (1, shared, CONSUMERS, GROUP, BLOCK, STAGES, D, BLOCK_D, BLOCK_R, BIAS, MASKED, TAIL, GATED),
                 ),
-                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BIAS)),
+                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BLOCK_D, BIAS)),
             ],
             [4, 1],
             [EACH, 24],
@@ -344,7 +349,7 @@ def forward_kernel(
                     consumer,
                     (2, shared, CONSUMERS, GROUP, BLOCK, STAGES, D, BLOCK_D, BLOCK_R, BIAS, MASKED, TAIL, GATED),
                 ),
-                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BIAS)),
+                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BLOCK_D, BIAS)),
             ],
             [4, 4, 1],
             [EACH, EACH, 24],
@@ -368,7 +373,7 @@ def forward_kernel(
                     consumer,
                     (3, shared, CONSUMERS, GROUP, BLOCK, STAGES, D, BLOCK_D, BLOCK_R, BIAS, MASKED, TAIL, GATED),
                 ),
-                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BIAS)),
+                (producer, (copied, CONSUMERS, GROUP, BLOCK, STAGES, BLOCK_D, BIAS)),
             ],
             [4, 4, 4, 1],
             [EACH, EACH, EACH, 24],

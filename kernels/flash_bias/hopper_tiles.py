@@ -96,7 +96,7 @@ def _stages(kind: str, tiles: HopperTiles, widths: Widths) -> int:
     token, factor = 2 * widths.head, 2 * widths.rank
     table = 2 * OWN * tiles.block * tiles.consumers if widths.dense else 0
     if kind == "forward":
-        places = 2 if tiles.consumers == 4 else 1
+        places = 2 if tiles.consumers == 4 or tiles.block == widths.head else 1
         held = places * tiles.consumers * OWN * (tiles.group * token + factor)
         stage = tiles.block * (2 * tiles.group * token + factor) + table
     elif kind == "backward_pairs":
