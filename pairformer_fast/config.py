@@ -35,6 +35,9 @@ class BiasMethod(StrEnum):
     AUTO = "auto"
     DENSE = "dense"
     SVD = "svd"
+    RANDOMISED = "randomised"
+    STRUCTURED = "structured"
+    LANDMARK = "landmark"
     LEARNED = "learned"
 
 
@@ -65,9 +68,10 @@ class AttentionConfig(Frozen):
     backend : Backend
         Implementation of attention. An explicit ``triton`` is an error where there is no CUDA GPU.
     bias : BiasMethod
-        ``dense`` keeps the N x N bias; ``svd`` replaces it by factors; ``auto`` takes factors where they meet
-        ``tolerance`` at a rank that can pay and the dense bias elsewhere; ``learned`` asks the checkpoint for
-        factor networks.
+        ``dense`` keeps the N x N bias; ``svd`` replaces it by the best factors of their rank, ``randomised`` by nearly
+        the best ones for less, ``structured`` by a table of relative positions and factors, ``landmark`` by factors
+        from rows and columns at a few tokens; ``auto`` takes those of ``svd`` where they meet ``tolerance`` at a rank
+        that can pay and the dense bias elsewhere; ``learned`` asks the checkpoint for factor networks.
     rank : int, optional
         Fixed rank for every head. Excludes a search by tolerance.
     tolerance : float

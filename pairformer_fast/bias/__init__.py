@@ -1,19 +1,27 @@
-"""Pair representation to factors: certificate, decomposition, policy, and the attention module that uses them."""
+"""Pair bias to factors: decompositions, closed forms, certificate, policy, and the attention that uses them."""
 
 from pairformer_fast.bias.attention import BiasReport, PairBiasAttention, collect_reports, set_attention
 from pairformer_fast.bias.certificate import Certificate, certify
 from pairformer_fast.bias.factors import BiasFactors
-from pairformer_fast.bias.policy import Factorization, MissingFactorNetworksError, factorize
+from pairformer_fast.bias.landmark import BiasLines, Landmarks, SampledFactors, factorize_lines
+from pairformer_fast.bias.methods import MissingFactorNetworksError, factorize
+from pairformer_fast.bias.policy import Factorization
+from pairformer_fast.bias.structured import relative_position
 
 __all__ = [
     "BiasFactors",
+    "BiasLines",
     "BiasReport",
     "Certificate",
     "Factorization",
+    "Landmarks",
     "MissingFactorNetworksError",
     "PairBiasAttention",
+    "SampledFactors",
     "certify",
     "collect_reports",
     "factorize",
+    "factorize_lines",
+    "relative_position",
     "set_attention",
 ]

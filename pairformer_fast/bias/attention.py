@@ -99,7 +99,8 @@ class PairBiasAttention(nn.Module):
         self.report.clear()
 
     def _check_gradient(self, bias: Tensor) -> None:
-        if self.config.bias in (BiasMethod.SVD, BiasMethod.AUTO) and torch.is_grad_enabled() and bias.requires_grad:
+        passes = self.config.bias in (BiasMethod.DENSE, BiasMethod.LEARNED)
+        if not passes and torch.is_grad_enabled() and bias.requires_grad:
             raise RuntimeError(
                 f"bias method '{self.config.bias}' does not pass gradients to the bias; train with "
                 "AttentionConfig(bias='dense'), or run inference under torch.no_grad()"

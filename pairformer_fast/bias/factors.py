@@ -12,14 +12,14 @@ from pairformer_fast.kernels.flash_bias import Factors
 
 @dataclass(frozen=True, eq=False)
 class BiasFactors(Factors):
-    """Low-rank pair bias, ``bias = phi_q @ phi_k.mT`` up to a constant per row.
+    """Low-rank pair bias, ``bias = phi_q @ phi_k.mT`` plus the table, if there is one, up to a constant per row.
 
     Attributes
     ----------
     phi_q, phi_k : Tensor
         ``[B, H, N, R]`` with R the largest rank; heads of lower rank have zero columns at the end.
     rank : Tensor
-        ``[B, H]`` int64, number of columns in use (0 if the bias of a head is constant per row).
+        ``[B, H]`` int64, number of columns in use (0 if nothing of a head's bias is left to them).
     certificate : Certificate
         Bound on the change of the attention weights.
     """

@@ -2,8 +2,9 @@ import pytest
 import torch
 from biases import KINDS, make_bias, make_qkv, total_variation
 
-from pairformer_fast.bias import MissingFactorNetworksError, certify, factorize
-from pairformer_fast.bias.policy import RANK_LADDER
+from pairformer_fast.bias import MissingFactorNetworksError, certify
+from pairformer_fast.bias.methods import RANK_LADDER
+from pairformer_fast.bias.policy import factorize
 from pairformer_fast.bias.probe import Probe
 from pairformer_fast.bias.svd import decompose
 from pairformer_fast.config import AttentionConfig, BiasMethod
