@@ -146,6 +146,24 @@ def regress(
         raise typer.Exit(FAILED)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="",
+    epilog="The runner YAML then takes model_update.custom.settings.memory.{train,eval}.use_flashbias.",
+)
+def openfold3(context: typer.Context) -> None:
+    """Run OpenFold3's run_openfold (train, predict, ...) with attention of this package where its YAML says so."""
+    try:
+        from pairformer_fast.integrations.openfold3_run import run
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}; OpenFold3 comes with pip install 'pairformer_fast[openfold]'") from error
+
+    failed = run(context.args)
+    if failed:
+        _complain(f"queries failed: {', '.join(failed)}; the reasons are logged above")
+        raise typer.Exit(FAILED)
+
+
 def main() -> None:
     """Run the command line; what the user can fix is one line on stderr and exit status 2."""
     try:

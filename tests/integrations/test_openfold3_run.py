@@ -1,0 +1,268 @@
+"""Whole OpenFold3 models, and OpenFold3's own command, with attention of this package."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pairformer_fast import AttentionConfig, accelerate, cli
+from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.inference.compare import compare_structures
+
+pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
+
+import openfold3.projects.of3_all_atom.safe_globals  # what OpenFold3 itself trusts in a checkpoint
+import pytorch_lightning as pl
+from openfold3.core.loss.loss_module import OpenFold3Loss
+from openfold3.core.model.layers.triangular_attention import TriangleAttention
+from openfold3.core.runners.model_runner import ModelRunner
+from openfold3.core.utils.precision_utils import OF3DeepSpeedPrecision
+from openfold3.projects.of3_all_atom.model import OpenFold3
+from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
+from openfold3.tests.utils.data_utils import random_of3_features
+
+from pairformer_fast.integrations.openfold3_run import flashbias_flag
+
+SMALL = {
+    "settings": {"memory": {"eval": {"use_triton_triangle_kernels": False, "chunk_size": 8}}},
+    "architecture": {
+        "pairformer": {"no_blocks": 1},
+        "msa": {"msa_module": {"no_blocks": 2}},
+        "diffusion_module": {"diffusion_transformer": {"no_blocks": 2, "c_a": 96}},
+        "heads": {"pairformer_embedding": {"pairformer": {"no_blocks": 1}}},
+        "shared": {
+            "num_recycles": 0,
+            "diffusion": {
+                "no_samples": 2,
+                "no_mini_rollout_steps": 2,
+                "no_full_rollout_steps": 2,
+                "no_full_rollout_samples": 2,
+            },
+        },
+    },
+}
+SWAPPED = (
+    2 * (2 + 1 + 2 + 1) + 2 + 2
+)  # pair stacks of the MSA, trunk, templates, confidence; single attention; diffusion
+
+
+def configuration(preset: str, **flags):
+    custom = copy.deepcopy(SMALL)
+    for mode, values in flags.items():
+        custom["settings"]["memory"].setdefault(mode, {}).update(values)
+    return OF3ProjectEntry().get_model_config_with_update(ModelUpdate(presets=[preset], custom=custom))
+
+
+def fill_zeros(weights: dict[str, torch.Tensor]) -> None:
+    """OpenFold3 zero-initialises output projections, which would hide all attention."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in weights.values():
+            if value.dim() > 1 and not value.any():
+                value.copy_(0.5 * value.shape[-1] ** -0.5 * torch.randn(value.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    weights = OpenFold3(configuration("predict")).state_dict()
+    fill_zeros(weights)
+    return weights
+
+
+def features(tokens: int = 18) -> dict:
+    torch.manual_seed(2)
+    batch = random_of3_features(batch_size=1, n_token=tokens, n_msa=10, n_templ=2, is_eval=False)
+    for name in (
+        *("token_index", "token_mask", "atom_mask", "num_atoms_per_token", "residue_index", "asym_id", "entity_id"),
+        *("is_protein", "is_rna", "is_dna", "is_ligand", "token_bonds", "start_atom_index", "is_atomized"),
+    ):
+        batch["ground_truth"][name] = batch[name].clone()
+    return OF3DeepSpeedPrecision(precision="32-true").convert_input(batch)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_whole_model(weights):
+    """Trunk, MSA, templates, confidence and diffusion: prediction, loss and gradients."""
+    config = configuration("train")
+    model, loss_of = OpenFold3(config), OpenFold3Loss(config=config.architecture.loss_module)
+    model.load_state_dict(weights)
+    batch = features()
+
+    def predict() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        with torch.no_grad():
+            result = model.eval()(batch=copy.deepcopy(batch))[1]
+        return {k: x for k, x in result.items() if torch.is_tensor(x) and x.is_floating_point()}
+
+    def learn() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        found, output = model.train()(batch=copy.deepcopy(batch))
+        loss = loss_of(batch=found, output=output)
+        model.zero_grad()
+        loss.backward()
+        return loss.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+    expected, (loss, gradients) = predict(), learn()
+    assert loss != 0
+    with accelerate(model, AttentionConfig(bias="dense")) as acceleration:
+        assert len(acceleration.swapped) == SWAPPED
+        assert {skipped.cls.rpartition(".")[2] for skipped in acceleration.skipped} == {
+            "CrossAttentionPairBias",
+            "MSAPairWeightedAveraging",
+        }
+        for name, found in predict().items():
+            assert distance(found, expected[name]) < 1e-5, name
+        found_loss, found_gradients = learn()
+        acceleration.configure(AttentionConfig(bias="svd", rank=18))
+        for name, found in predict().items():
+            assert distance(found, expected[name]) < 1e-5, name
+        assert {report["choice"] for report in acceleration.reports()} == {"factors"}
+    assert distance(found_loss, loss) < 1e-6
+    assert found_gradients.keys() == gradients.keys()
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (found_gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-7 * largest, name
+
+
+class Batches(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict:
+        return features() | {"pdb_id": ["xxxx"], "preferred_chain_or_interface": ["A"]}
+
+
+def fit(folder: Path, weights: dict[str, torch.Tensor], **flags) -> tuple[ModelRunner, list[float], int]:
+    """Runner after two steps, its losses, and how many attention cores the model had while it learned."""
+    pl.seed_everything(7)
+    runner = OF3ProjectEntry().runner(configuration("train", **flags))
+    runner.model.load_state_dict(weights)
+    runner.on_train_epoch_start = runner.on_train_epoch_end = lambda: None  # these read a sampler of OpenFold3's
+    losses, cores = [], set()
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            torch.manual_seed(len(losses))
+
+        def on_train_batch_end(self, trainer, module, outputs, *_: object) -> None:
+            losses.append(float(outputs["loss"]))
+            cores.add(sum(isinstance(part, PairBiasAttention) for part in module.modules()))
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[Watch()],
+    )
+    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    assert len(cores) == 1
+    return runner, losses, cores.pop()
+
+
+def test_training_with_the_flag_off_and_on(weights, tmp_path):
+    (tmp_path / "off").mkdir()
+    (tmp_path / "on").mkdir()
+    plain, expected, none = fit(tmp_path / "off", weights)
+    with flashbias_flag():
+        fast, found, some = fit(tmp_path / "on", weights, train={"use_flashbias": True})
+    assert (none, some) == (0, SWAPPED)
+    assert len(found) == len(expected) == 2
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert expected[0] != expected[1]
+
+    saved = {}
+    for folder in ("off", "on"):
+        checkpoint = tmp_path / folder / "last.ckpt"
+        assert b"pairformer_fast" not in checkpoint.read_bytes()
+        saved[folder] = torch.load(checkpoint, weights_only=True)
+        checkpoint.unlink()  # some 300 MB
+    assert saved["on"]["state_dict"].keys() == saved["off"]["state_dict"].keys()
+    assert saved["on"]["ema"]["params"].keys() == saved["off"]["ema"]["params"].keys()
+    plain.load_state_dict(saved["on"]["state_dict"])
+    fast.load_state_dict(saved["off"]["state_dict"])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, weights) -> Path:
+    """Folder with a query and a checkpoint; one query."""
+    folder = tmp_path_factory.mktemp("job")
+    torch.save(weights, folder / "weights.pt")
+    chain = {"molecule_type": "protein", "chain_ids": ["A"], "sequence": "GSHMKVLAAGIVALCAAQ"}
+    (folder / "query.json").write_text(json.dumps({"queries": {"q1": {"chains": [chain]}}}))
+    return folder
+
+
+@pytest.fixture
+def predict(job, tmp_path, monkeypatch, capsys):
+    """Run ``pairformer-fast openfold3 predict``: exit status, structure, stderr."""
+
+    def _predict(name: str, **flags):
+        custom = copy.deepcopy(SMALL)
+        custom["settings"]["memory"]["eval"].update(flags)
+        runner = {
+            "pl_trainer_args": {"accelerator": "cpu", "devices": 1},
+            "experiment_settings": {"use_msa_server": False, "use_templates": False},
+            "data_module_args": {"num_workers": 0},
+            "model_update": {"presets": ["predict"], "custom": custom},
+        }
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(runner))
+        arguments = {
+            "--query-json": job / "query.json",
+            "--inference-ckpt-path": job / "weights.pt",
+            "--runner-yaml": tmp_path / f"{name}.yml",
+            "--output-dir": tmp_path / name,
+        }
+        options = [str(part) for pair in arguments.items() for part in pair]
+        monkeypatch.setattr(sys, "argv", ["pairformer-fast", "openfold3", "predict", *options])
+        pl.seed_everything(0)  # OpenFold3 draws conformers before it seeds
+        with pytest.raises(SystemExit) as info:
+            cli.main()
+        structure = tmp_path / name / "q1" / "seed_42" / "q1_seed_42_sample_1_model.cif"
+        return info.value.code, structure, capsys.readouterr().err
+
+    return _predict
+
+
+def test_prediction_with_the_flag_off_and_on(predict):
+    status, expected, _ = predict("off")
+    assert status == 0
+    status, found, _ = predict("on", use_flashbias=True, flashbias={"bias": "svd", "rank": 64})
+    assert status == 0
+    assert compare_structures(found, expected).all_atom_rmsd < 0.01
+    status, truncated, _ = predict("rank1", use_flashbias=True, flashbias={"bias": "svd", "rank": 1})
+    assert status == 0
+    assert truncated.read_bytes() != expected.read_bytes(), "the flag must reach attention"
+    assert OpenFold3.__init__.__qualname__ == "OpenFold3.__init__"
+    assert type(OpenFold3.forward).__name__ == "function"
+
+
+def test_wrong_settings_are_one_line(predict):
+    status, structure, stderr = predict("wrong", use_flashbias=True, flashbias={"bias": "svd", "rank": 0})
+    assert status == 2
+    assert "settings.memory.eval.flashbias" in stderr.splitlines()[-1]
+    assert "rank" in stderr.splitlines()[-1]
+    assert not structure.exists()
+
+
+def test_a_failed_query_is_a_failed_command(predict, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(TriangleAttention, "forward", fail)
+    status, structure, stderr = predict("failed")
+    assert status == 1
+    assert "q1" in stderr.splitlines()[-1]
+    assert not structure.exists()
