@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton.compiler
+from machine_code import disassemble, overwritten_operands, products_from_registers
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -21,7 +22,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
 )
 from pairformer_fast.kernels.flash_bias.hopper_tiles import Widths, choose
 
-DIM, RANK, TOKENS = 32, 32, {"forward": 1024, "backward_dq": 768, "backward_dkv": 1024, "backward_pairs": 768}
+RANK, TOKENS = 32, {"forward": 1024, "backward_dq": 768, "backward_dkv": 1024, "backward_pairs": 768}
 """Lengths at which the table chooses different numbers of consumers."""
 
 MASK, STATES = ("*u8", "i64", "i64"), ("*u8", "i32")
@@ -39,15 +40,17 @@ def vector(length: int) -> str:
 
 def problems() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     """Name, kernel, argument types and constants of what production runs."""
-    width, rank = padded(DIM), padded(RANK)
-    for kind, bias, masked in (
-        ("forward", FACTORS, False),
-        ("forward", MIXED, True),
-        ("backward_dq", FACTORS, False),
-        ("backward_dkv", FACTORS, True),
-        ("backward_dkv", DENSE, False),
-        ("backward_pairs", MIXED, True),
+    rank = padded(RANK)
+    for kind, dim, bias, masked in (
+        ("forward", 32, FACTORS, False),
+        ("forward", 32, MIXED, True),
+        ("forward", 64, FACTORS, True),
+        ("backward_dq", 32, FACTORS, False),
+        ("backward_dkv", 32, FACTORS, True),
+        ("backward_dkv", 64, DENSE, False),
+        ("backward_pairs", 32, MIXED, True),
     ):
+        width = padded(dim)
         tiles = choose(kind, TOKENS[kind], TOKENS[kind], Widths(width, rank, bias is not FACTORS))
         own, streamed = descriptor(1, 1, OWN.value, 1, width), descriptor(1, 1, tiles.block, 1, width)
         factors = descriptor(1, 1, OWN.value, rank), descriptor(1, 1, tiles.block, rank)
@@ -61,7 +64,7 @@ def problems() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
             types |= {"dense": ("*bf16", *["i64"] * 4), "out": "*fp32", "sizes": ("i32",) * 9, "lengths": ("i32",) * 2}
             yield kind, hopper_pairs.pairs_kernel, types, constants
             continue
-        constants |= {"GROUP": tiles.group, "BLOCK": tiles.block, "D": DIM, "BLOCK_R": rank}
+        constants |= {"GROUP": tiles.group, "BLOCK": tiles.block, "D": dim, "BLOCK_R": rank}
         types |= {"dense_desc": dense, "lengths": ("i32",) * 3}
         if kind == "forward":
             types |= {"q_desc": own, "k_desc": streamed, "v_desc": streamed, "sizes": ("i32",) * 7}
@@ -87,6 +90,8 @@ def main() -> None:
         ptx = compiled.asm["ptx"]
         found = {"kernel": name, "bias": constants["BIAS"], "shared": compiled.metadata.shared}
         found |= {"wgmma": ptx.count("wgmma.mma_async"), "copies": ptx.count("cp.async.bulk.tensor")}
+        code = disassemble(compiled.asm["cubin"])
+        found |= {"from_registers": products_from_registers(code), "overwritten": overwritten_operands(code)}
         print(json.dumps(found), flush=True)
 
 

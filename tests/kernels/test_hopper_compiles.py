@@ -25,3 +25,6 @@ def test_production_kernels_compile_for_sm_90(tmp_path):
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["wgmma"], f"no tensor core products: {kernel}"
         assert kernel["copies"], f"no bulk copies: {kernel}"
+        assert not kernel["overwritten"], f"miscompiled: {kernel}"
+    # Otherwise the disassembly has changed and nothing was checked.
+    assert sum(kernel["from_registers"] for kernel in kernels) > 50
