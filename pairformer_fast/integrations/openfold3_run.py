@@ -62,7 +62,7 @@ def flashbias_flag() -> Iterator[None]:
     construct, forward = OpenFold3.__init__, OpenFold3.forward
 
     def construct_with_flag(self: Any, config: Any) -> None:
-        attention = _Switch(config.settings.memory)
+        attention = Switch(config.settings.memory)
         construct(self, config)
         self._flashbias = attention
 
@@ -88,8 +88,19 @@ def flashbias_flag() -> Iterator[None]:
                 del memory[mode][FLAG], memory[mode][OPTIONS]
 
 
-class _Switch:
-    """Swaps attention as a model goes from training to evaluation and back; OpenFold3 has settings for each."""
+class Switch:
+    """Swaps attention as a model goes from training to evaluation and back; OpenFold3 has settings for each.
+
+    Parameters
+    ----------
+    memory : ConfigDict
+        ``settings.memory`` of the model's configuration.
+
+    Raises
+    ------
+    InputError
+        If the values under ``flashbias`` are wrong.
+    """
 
     def __init__(self, memory: Any) -> None:
         self._wanted = {mode: _attention_config(memory, mode) for mode in DEFAULTS}

@@ -15,9 +15,11 @@ from pairformer_fast.inference.compare import compare_structures
 
 pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
 
-import openfold3.projects.of3_all_atom.safe_globals  # what OpenFold3 itself trusts in a checkpoint
+import openfold3.projects.of3_all_atom.safe_globals  # noqa: F401 -- what OpenFold3 trusts in a checkpoint
 import pytorch_lightning as pl
+from ml_collections import ConfigDict
 from openfold3.core.loss.loss_module import OpenFold3Loss
+from openfold3.core.model.latent.base_blocks import PairBlock
 from openfold3.core.model.layers.triangular_attention import TriangleAttention
 from openfold3.core.runners.model_runner import ModelRunner
 from openfold3.core.utils.precision_utils import OF3DeepSpeedPrecision
@@ -25,7 +27,7 @@ from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
 from openfold3.tests.utils.data_utils import random_of3_features
 
-from pairformer_fast.integrations.openfold3_run import flashbias_flag
+from pairformer_fast.integrations.openfold3_run import Switch, flashbias_flag
 
 SMALL = {
     "settings": {"memory": {"eval": {"use_triton_triangle_kernels": False, "chunk_size": 8}}},
@@ -132,6 +134,33 @@ def test_whole_model(weights):
         assert (found_gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-7 * largest, name
 
 
+@torch.no_grad()
+def test_training_and_evaluation_have_settings_of_their_own(caplog):
+    """Modes are set on every module from outside, as trainers do after an evaluation."""
+    caplog.set_level("INFO")
+    model = PairBlock(16, 16, 8, 2, "swiglu", 2, 0.25, False, 1e9)
+    z, mask = torch.randn(1, 9, 9, 16), torch.ones(1, 9, 9)
+    memory = ConfigDict(
+        {
+            "train": {"use_flashbias": False, "flashbias": {}},
+            "eval": {"use_flashbias": True, "flashbias": {"bias": "svd", "rank": 3}},
+        }
+    )
+    switch = Switch(memory)
+    cores = []
+    for training in (True, True, False, False, True, False):
+        for module in model.modules():
+            module.training = training
+        switch.set(model)
+        cores.append([module.training for module in model.modules() if isinstance(module, PairBiasAttention)])
+        model(z, mask)
+        switch.log()
+    assert cores == [[], [], [False] * 2, [False] * 2, [], [False] * 2]
+    lines = [record.getMessage() for record in caplog.records if "flashbias" in record.getMessage()]
+    assert len(lines) == 3
+    assert all(line.startswith("flashbias: factors in 2 of 2 calls of attention, mean rank 3.0") for line in lines)
+
+
 class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 2
@@ -216,7 +245,7 @@ def predict(job, tmp_path, monkeypatch, capsys):
             "pl_trainer_args": {"accelerator": "cpu", "devices": 1},
             "experiment_settings": {"use_msa_server": False, "use_templates": False},
             "data_module_args": {"num_workers": 0},
-            "model_update": {"presets": ["predict"], "custom": custom},
+            "model_update": {"presets": ["predict", "low_mem"], "custom": custom},
         }
         (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(runner))
         arguments = {
