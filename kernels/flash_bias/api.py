@@ -141,7 +141,7 @@ def flash_bias_attention(
     check_terms(terms, q, k)
     check_masks(mask, pair_mask, q, k)
     check_gate(gate, q)
-    backend = _choose(Backend(backend), q, return_lse)
+    backend = chosen_backend(Backend(backend), q, return_lse)
 
     shape = q.shape
     if q.ndim == 4:
@@ -171,7 +171,14 @@ def _bias_terms(bias: Tensor | Factors | None) -> BiasTerms:
     raise TypeError(f"bias must be None, a Tensor or Factors, but got {type(bias).__name__}")
 
 
-def _choose(backend: Backend, q: Tensor, return_lse: bool) -> Backend:
+def chosen_backend(backend: Backend, q: Tensor, return_lse: bool = False) -> Backend:
+    """What computes attention of ``q``: ``backend`` itself, or what ``auto`` takes.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        If ``backend`` is asked for and cannot compute it.
+    """
     match backend:
         case Backend.AUTO:
             if HAS_TRITON and q.is_cuda and q.dtype in TRITON_DTYPES and q.shape[-1] <= TRITON_HEAD_DIM:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pairformer_fast.bias.policy import Factorization, factorize
-from pairformer_fast.config import AttentionConfig, BiasMethod
-from pairformer_fast.kernels.flash_bias import flash_bias_attention
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
+from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class BiasReport:
     ----------
     choice : str
         ``factors`` or ``dense``.
+    backend : str
+        What computed attention, such as ``torch`` or ``triton``.
     rank : tuple of int
         Rank in use; N for a dense bias.
     eps : tuple of float
@@ -32,6 +34,7 @@ class BiasReport:
     """
 
     choice: str
+    backend: str
     rank: tuple[int, ...]
     eps: tuple[float, ...]
     bound: tuple[float, ...]
@@ -39,15 +42,15 @@ class BiasReport:
     probed_max: tuple[float, ...]
 
     @classmethod
-    def of(cls, outcome: Factorization) -> BiasReport:
-        """Summary of a factorisation."""
+    def of(cls, outcome: Factorization, backend: Backend) -> BiasReport:
+        """Summary of a factorisation, and of what computed attention with it."""
         factors, probed = outcome.factors, outcome.probed
         if factors is None or probed is None:
             heads, tokens = outcome.bias.shape[1:3]
             exact = (0.0,) * heads
-            return cls("dense", (tokens,) * heads, exact, exact, exact, exact)
+            return cls("dense", backend.value, (tokens,) * heads, exact, exact, exact, exact)
         per_head = (factors.rank, factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
-        return cls("factors", *(tuple(value.amax(0).tolist()) for value in per_head))
+        return cls("factors", backend.value, *(tuple(value.amax(0).tolist()) for value in per_head))
 
 
 class PairBiasAttention(nn.Module):
@@ -91,7 +94,7 @@ class PairBiasAttention(nn.Module):
         self._check_gradient(bias)
         outcome = factorize(bias, self.config, q, k, mask)
         if not self.training:
-            self.report.append(BiasReport.of(outcome))
+            self.report.append(BiasReport.of(outcome, chosen_backend(self.config.backend, q)))
         return flash_bias_attention(q, k, v, outcome.for_attention, mask, self.config.backend)
 
     def reset(self) -> None:

@@ -33,6 +33,8 @@ class PathReport(Frozen):
         Above what was in use before, see :class:`~pairformer_fast.inference.measure.Usage`.
     mean_plddt : float
         0 to 100.
+    backends : list of str
+        What computed attention, such as ``torch`` or ``triton``; what ``auto`` chose.
     factors, dense : int
         Calls of attention that took factors and that took the dense bias.
     mean_rank : float or None
@@ -44,6 +46,7 @@ class PathReport(Frozen):
     seconds: float
     peak_bytes: int | None
     mean_plddt: float
+    backends: list[str]
     factors: int
     dense: int
     mean_rank: float | None
@@ -59,6 +62,7 @@ class PathReport(Frozen):
             seconds=result.usage.seconds,
             peak_bytes=result.usage.peak_bytes,
             mean_plddt=result.prediction.plddt.mean().item(),
+            backends=sorted({report["backend"] for report in result.reports}),
             factors=len(factors),
             dense=len(result.reports) - len(factors),
             mean_rank=fmean(ranks) if ranks else None,

@@ -43,6 +43,7 @@ def fake_reports(model: FakeModel) -> list[dict]:
             "rank": [8],
             "eps": [0.1],
             "bound": [0.05],
+            "backend": "torch",
             "probed_mean": [0.01],
         }
     ]

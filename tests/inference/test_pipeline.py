@@ -35,6 +35,7 @@ def test_outputs_of_a_compared_job(fake_model, fasta, tmp_path):
     assert {"all_atom_rmsd", "lddt", "lddt_ca", "tm_score", "gdt_ts", "gdt_ha", "plddt_difference"} <= set(content)
     assert content["paths"]["flashbias"]["factors"] == 1
     assert content["paths"]["flashbias"]["probed_error"] == 0.01
+    assert content["paths"]["flashbias"]["backends"] == ["torch"]
     assert content["paths"]["flashbias"]["mean_rank"] == 8
     assert content["paths"]["reference"]["dense"] == 1
     assert min(path["seconds"] for path in content["paths"].values()) > 0
