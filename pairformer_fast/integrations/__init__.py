@@ -11,7 +11,7 @@ from pairformer_fast.integrations.acceleration import Acceleration, Skipped
 
 __all__ = ["Acceleration", "Skipped", "accelerate"]
 
-_HOSTS = {"openfold3": "openfold3"}
+_HOSTS = {"openfold3": "openfold3", "openfold": "openfold"}
 """Top-level package of a host's modules, and the module here that knows it."""
 
 
