@@ -34,11 +34,14 @@ class Target(NamedTuple):
         All modules that change together.
     holder : nn.Module
         Which of them gets the core.
+    core : type
+        Class of the core.
     """
 
     path: str
     classes: tuple[NewClass, ...]
     holder: nn.Module
+    core: type[PairBiasAttention] = PairBiasAttention
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be swapped in a model, and what not."""
+    """What would be swapped in a model, and what not.
+
+    Attributes
+    ----------
+    targets : sequence of Target
+        Attention.
+    skipped : sequence of Skipped
+        What looks like it.
+    around : sequence of NewClass
+        Modules that call attention and change with it.
+    """
 
     targets: Sequence[Target]
     skipped: Sequence[Skipped]
+    around: Sequence[NewClass] = ()
 
 
 class Acceleration:
@@ -83,15 +97,16 @@ class Acceleration:
         self.swapped = tuple(target.path for target in plan.targets)
         self.skipped = tuple(plan.skipped)
         self._cores: dict[str, PairBiasAttention] = {}
-        self._undo = [NewClass(module, type(module)) for target in plan.targets for module, _ in target.classes]
+        changes = [change for target in plan.targets for change in target.classes] + list(plan.around)
+        self._undo = [NewClass(module, type(module)) for module, _ in changes]
         self._holders = [target.holder for target in plan.targets]
         for target in plan.targets:
-            core = PairBiasAttention().train(target.holder.training)
+            core = target.core().train(target.holder.training)
             core.config = config
             target.holder.add_module(CORE, core)
             self._cores[target.path] = core
-            for module, cls in target.classes:
-                module.__class__ = cls
+        for module, cls in changes:
+            module.__class__ = cls
 
     def __repr__(self) -> str:
         return f"Acceleration({len(self.swapped)} swapped, {len(self.skipped)} skipped)"

@@ -24,10 +24,13 @@ from openfold3.core.model.layers.attention_pair_bias import (
 from openfold3.core.model.layers.msa import MSAAttention, MSAPairWeightedAveraging
 from openfold3.core.model.layers.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
 from openfold3.core.model.primitives.attention import Attention, GlobalAttention
+from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
 
-from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.bias import BiasFactors, BiasReport, PairBiasAttention
+from pairformer_fast.bias.policy import factorize
 from pairformer_fast.integrations.acceleration import CORE, NewClass, Plan, Skipped, Target
+from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
 
 
 class FastAttention(Attention):
@@ -73,6 +76,50 @@ class FastTriangleAttentionEndingNode(FastTriangleAttention, TriangleAttentionEn
     """The same for the class that transposes by itself."""
 
 
+class HoldingPairBiasAttention(PairBiasAttention):
+    """A core that decides about its bias once, for as long as :class:`FastSampleDiffusion` samples.
+
+    Factors are kept; of a dense bias only the decision is. Error and rank are those of the first call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._holds = False
+        self._shape: torch.Size | None = None
+        self._factors: BiasFactors | None = None
+
+    def hold(self, holds: bool) -> None:
+        """Begin or end, and forget what was held."""
+        self._holds, self._shape, self._factors = holds, None, None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend; arguments as in the base class."""
+        if not self._holds or torch.is_grad_enabled():
+            return super().forward(q, k, v, bias, mask)
+        if self._shape != bias.shape:
+            outcome = factorize(bias, self.config, q, k, mask)
+            self._shape, self._factors = bias.shape, outcome.factors
+            if not self.training:
+                self.report.append(BiasReport.of(outcome, chosen_backend(self.config.backend, q)))
+        kept = bias if self._factors is None else self._factors
+        return flash_bias_attention(q, k, v, kept, mask, self.config.backend)
+
+
+class FastSampleDiffusion(SampleDiffusion):
+    """Sampling whose pair biases are factorised in the first step: they are the same in all steps and samples."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """Sample; arguments as in the base class."""
+        cores = [module for module in self.diffusion_module.modules() if isinstance(module, HoldingPairBiasAttention)]
+        for core in cores:
+            core.hold(True)
+        try:
+            return super().forward(*arguments, **options)
+        finally:
+            for core in cores:
+                core.hold(False)
+
+
 _NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     TriangleAttention: FastTriangleAttention,
     TriangleAttentionEndingNode: FastTriangleAttentionEndingNode,
@@ -104,14 +151,18 @@ def plan(model: nn.Module) -> Plan:
         if reason is None:
             mha = module.get_submodule("mha")
             classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
-            targets.append(Target(path, classes, mha))
+            diffusion = isinstance(module, DiffusionAttentionPairBias)
+            core = HoldingPairBiasAttention if diffusion else PairBiasAttention
+            targets.append(Target(path, classes, mha, core))
         else:
             skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
     if not targets:
         looked_for = ", ".join(cls.__name__ for cls in _NEW_CLASS)
         found = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
         raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{found}")
-    return Plan(targets, skipped)
+    samplers = [module for module in model.modules() if type(module) is SampleDiffusion]
+    around = [NewClass(module, FastSampleDiffusion) for module in samplers if "forward" not in vars(module)]
+    return Plan(targets, skipped, around)
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -126,7 +126,11 @@ def test_whole_model(weights):
         acceleration.configure(AttentionConfig(bias="svd", rank=18))
         for name, found in predict().items():
             assert distance(found, expected[name]) < 1e-5, name
-        assert {report["choice"] for report in acceleration.reports()} == {"factors"}
+        reports = acceleration.reports()
+        assert {report["choice"] for report in reports} == {"factors"}
+        sampled = [report["name"] for report in reports if report["name"].startswith("diffusion_module")]
+        assert len(sampled) == len(set(sampled)) == 2, "factorised once, not in each of two steps"
+        assert set(dict(model.named_modules())) >= set(sampled)
     assert distance(found_loss, loss) < 1e-6
     assert found_gradients.keys() == gradients.keys()
     largest = max(float(gradient.norm()) for gradient in gradients.values())
