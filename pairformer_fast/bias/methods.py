@@ -22,7 +22,11 @@ RANK_LADDER = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Ranks tried in a search by tolerance, before the full rank."""
 
 TABLE_WIDTH = 32
-"""Default largest relative position with a table entry of its own, that of AF3's relative position encoding."""
+"""Default largest relative position with a table entry of its own, that of AF3's relative position encoding.
+
+With it rank 8 moved the bundled model's CA atoms by 0.40 and 0.41 Å (106 and 227 residues, fp32, against the dense
+bias); without a table it moved them by 2.7 and 4.6 Å.
+"""
 
 DECOMPOSED = (BiasMethod.SVD, BiasMethod.RANDOMISED, BiasMethod.STRUCTURED, BiasMethod.LANDMARK)
 """Methods that make factors from the bias itself."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
 from pairformer_fast.bias.toeplitz import relative_index, toeplitz
@@ -181,17 +182,32 @@ def relative_position(bias: Tensor, width: int, mask: Tensor | None = None) -> R
     centred = (table - table.sum(-1, keepdim=True) / count.unsqueeze(1)).masked_fill(~pairs, 0)
 
     index = relative_index(bias.shape[-1], width, bias.device)
-    size = 2 * width + 1
-    occurrences = table.new_zeros(bias.shape[0], bias.shape[-1], size)
+    occurrences = table.new_zeros(bias.shape[0], bias.shape[-1], 2 * width + 1)
     occurrences.scatter_add_(2, index.expand(bias.shape[0], -1, -1), pairs[:, 0].double())
     shared = torch.einsum("bio,bip->op", occurrences / count, occurrences)
     normal = occurrences.sum((0, 1)).diag() - shared
-    moments = table.new_zeros(bias.shape[1], size).index_add_(1, index.flatten(), centred.sum(0).flatten(1))
-    solution = moments @ torch.linalg.pinv(normal, rtol=NULL_SPACE, hermitian=True)
+    solution = _sums_by_offset(centred.sum(0), width) @ torch.linalg.pinv(normal, rtol=NULL_SPACE, hermitian=True)
 
     relative = solution.to(torch.promote_types(bias.dtype, torch.float32))
     rest = (table - toeplitz(relative.double(), bias.shape[-1])).masked_fill(~pairs, 0)
     return RelativePosition(relative, rest.to(bias.dtype))
+
+
+def _sums_by_offset(table: Tensor, width: int) -> Tensor:
+    """``[H, 2 W + 1]`` sums of ``table [H, N, N]`` over equal clipped i - j, always in the same order.
+
+    In rows that are mirrored and one entry longer than a stride of diagonals, every diagonal is a column.
+    """
+    tokens = table.shape[-1]
+    skewed = pad(table.flip(-1), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
+    sums = skewed.view(-1, tokens, 2 * tokens - 1).sum(1)
+    beyond = tokens - 1 - width
+    if beyond <= 0:
+        return pad(sums, (-beyond, -beyond))
+    inner = sums[:, beyond:-beyond].clone()
+    inner[:, 0] += sums[:, :beyond].sum(-1)
+    inner[:, -1] += sums[:, -beyond:].sum(-1)
+    return inner
 
 
 def _expanded(factors: Factors, batch: int) -> Factors:
