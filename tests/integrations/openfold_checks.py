@@ -384,7 +384,7 @@ def features(n: int) -> dict[str, torch.Tensor]:
 
 
 def predictions(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of everything that a loss would see, without padding."""
+    """Of everything that a loss would see, without padding; positions in nm, whose sine is not all rounding."""
     torch.manual_seed(5)  # of dropout
     out = model(dict(batch))
     keep = batch["seq_mask"][..., 0] > 0
@@ -392,7 +392,7 @@ def predictions(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, t
         "msa": out["msa"][batch["msa_mask"][..., 0] > 0],
         "pair": out["pair"][keep][:, keep],
         "single": out["single"][keep],
-        "positions": out["final_atom_positions"][keep],
+        "positions": out["final_atom_positions"][keep] / 10,
         "lddt": out["lddt_logits"][keep],
         "distogram": out["distogram_logits"][keep][:, keep],
     }
