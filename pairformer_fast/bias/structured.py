@@ -196,7 +196,7 @@ def relative_position(bias: Tensor, width: int, mask: Tensor | None = None) -> R
 def _sums_by_offset(table: Tensor, width: int) -> Tensor:
     """``[H, 2 W + 1]`` sums of ``table [H, N, N]`` over equal clipped i - j, always in the same order.
 
-    In rows that are mirrored and one entry longer than a stride of diagonals, every diagonal is a column.
+    Mirrored, padded to rows of 2 N and read again in rows of 2 N - 1, every diagonal becomes a column.
     """
     tokens = table.shape[-1]
     skewed = pad(table.flip(-1), (0, tokens)).flatten(1)[:, : tokens * (2 * tokens - 1)]
