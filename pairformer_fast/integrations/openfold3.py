@@ -3,7 +3,8 @@
 Layer norms, projections, the pair bias, the gate and the output stay OpenFold3's own code, and with it the orientation
 of the bias around the ending node: b[i, k] in OpenFold3 0.5 (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as
 in AlphaFold 2. Nothing here transposes it. Only what lies between q, k, v and the gate is replaced. Triangle
-multiplication and transitions are not touched.
+multiplication and transitions are not touched. While the sampler of the diffusion module runs, each bias is factorised
+once: it is the same in all steps and samples.
 
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
