@@ -25,8 +25,8 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
     Parameters
     ----------
     model : nn.Module
-        A model of OpenFold3 0.5 (``openfold3``), or any part of one that holds attention with a pair bias: a block, a
-        stack, a wrapper around the model.
+        A model of OpenFold3 0.5 (``openfold3``) or of OpenFold for AlphaFold 2 (``openfold``), or any part of one that
+        holds attention with a pair bias: a block, a stack, a wrapper around the model.
     config : AttentionConfig, optional
         How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. Training needs
         ``AttentionConfig(bias="dense")``, since a decomposition passes no gradient to the bias.
