@@ -92,10 +92,15 @@ class PairBiasAttention(nn.Module):
             If a gradient of the bias is wanted from a decomposition, which is not differentiated.
         """
         self._check_gradient(bias)
+        kept = self._decide(q, k, bias, mask).for_attention
+        return flash_bias_attention(q, k, v, kept, mask, self.config.backend)
+
+    def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
+        """What becomes of the bias, reported in evaluation mode."""
         outcome = factorize(bias, self.config, q, k, mask)
         if not self.training:
             self.report.append(BiasReport.of(outcome, chosen_backend(self.config.backend, q)))
-        return flash_bias_attention(q, k, v, outcome.for_attention, mask, self.config.backend)
+        return outcome
 
     def reset(self) -> None:
         """Forget the reports."""

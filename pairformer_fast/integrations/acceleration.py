@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -80,6 +80,45 @@ class Plan:
     targets: Sequence[Target]
     skipped: Sequence[Skipped]
     around: Sequence[NewClass] = ()
+
+
+def sort_out(
+    model: nn.Module,
+    found: Iterable[tuple[str, nn.Module]],
+    obstacle: Callable[[nn.Module], str | None],
+    target: Callable[[str, nn.Module], Target],
+    known: Iterable[type[nn.Module]],
+) -> tuple[list[Target], list[Skipped]]:
+    """What of the attention ``found`` in a model to swap, and what an ``obstacle`` keeps as it is.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to swap; the message names the ``known`` classes.
+    """
+    targets: list[Target] = []
+    skipped: list[Skipped] = []
+    for path, module in found:
+        reason = obstacle(module)
+        if reason is None:
+            targets.append(target(path, module))
+        else:
+            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
+    if not targets:
+        looked_for = ", ".join(cls.__name__ for cls in known)
+        others = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
+        raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{others}")
+    return targets, skipped
+
+
+def instance_obstacle(module: nn.Module) -> str | None:
+    """What was done to this very attention, not to its class, that keeps it from being swapped; None if nothing."""
+    mha = module.get_submodule("mha")
+    if "forward" in vars(module) or "forward" in vars(mha):
+        return "its forward was replaced on the instance"
+    if hasattr(mha, CORE):
+        return f"its mha already has an attribute '{CORE}'"
+    return None
 
 
 class Acceleration:

@@ -25,7 +25,7 @@ from openfold.model.triangular_attention import TriangleAttention, TriangleAtten
 from torch import Tensor, cat, nn
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations.acceleration import CORE, NewClass, Plan, Skipped, Target
+from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
 
 ROWS_AT_ONCE = 256
 """Rows of the pair representation that are normalised for its bias at once, as in OpenFold."""
@@ -145,21 +145,12 @@ def plan(model: nn.Module) -> Plan:
     ValueError
         If there is nothing to swap.
     """
-    targets: list[Target] = []
-    skipped: list[Skipped] = []
-    for path, module in _attentions(model):
-        reason = _obstacle(module)
-        if reason is None:
-            mha = module.get_submodule("mha")
-            classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
-            targets.append(Target(path, classes, mha))
-        else:
-            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
-    if not targets:
-        looked_for = ", ".join(cls.__name__ for cls in _NEW_CLASS)
-        found = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
-        raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{found}")
-    return Plan(targets, skipped)
+    return Plan(*sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS))
+
+
+def _target(path: str, module: nn.Module) -> Target:
+    mha = module.get_submodule("mha")
+    return Target(path, (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention)), mha)
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -190,8 +181,4 @@ def _obstacle(module: nn.Module) -> str | None:
         names = [name for cls, names in _PARTS.items() if isinstance(part, cls) for name in names]
         if missing := [name for name in names if not hasattr(part, name)]:
             return f"of a release of OpenFold that is not supported: it has no {', '.join(missing)}"
-    if "forward" in vars(module) or "forward" in vars(module.mha):
-        return "its forward was replaced on the instance"
-    if hasattr(module.mha, CORE):
-        return f"its mha already has an attribute '{CORE}'"
-    return None
+    return instance_obstacle(module)

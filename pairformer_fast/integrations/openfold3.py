@@ -28,10 +28,9 @@ from openfold3.core.model.primitives.attention import Attention, GlobalAttention
 from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
 
-from pairformer_fast.bias import BiasFactors, BiasReport, PairBiasAttention
-from pairformer_fast.bias.policy import factorize
-from pairformer_fast.integrations.acceleration import CORE, NewClass, Plan, Skipped, Target
-from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
+from pairformer_fast.bias import BiasFactors, PairBiasAttention
+from pairformer_fast.bias.policy import Factorization
+from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
 
 
 class FastAttention(Attention):
@@ -93,17 +92,12 @@ class HoldingPairBiasAttention(PairBiasAttention):
         """Begin or end, and forget what was held."""
         self._holds, self._shape, self._factors = holds, None, None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend; arguments as in the base class."""
+    def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
         if not self._holds or torch.is_grad_enabled():
-            return super().forward(q, k, v, bias, mask)
+            return super()._decide(q, k, bias, mask)
         if self._shape != bias.shape:
-            outcome = factorize(bias, self.config, q, k, mask)
-            self._shape, self._factors = bias.shape, outcome.factors
-            if not self.training:
-                self.report.append(BiasReport.of(outcome, chosen_backend(self.config.backend, q)))
-        kept = bias if self._factors is None else self._factors
-        return flash_bias_attention(q, k, v, kept, mask, self.config.backend)
+            self._shape, self._factors = bias.shape, super()._decide(q, k, bias, mask).factors
+        return Factorization(bias, self._factors)
 
 
 class FastSampleDiffusion(SampleDiffusion):
@@ -145,25 +139,17 @@ def plan(model: nn.Module) -> Plan:
     ValueError
         If there is nothing to swap.
     """
-    targets: list[Target] = []
-    skipped: list[Skipped] = []
-    for path, module in _attentions(model):
-        reason = _obstacle(module)
-        if reason is None:
-            mha = module.get_submodule("mha")
-            classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
-            diffusion = isinstance(module, DiffusionAttentionPairBias)
-            core = HoldingPairBiasAttention if diffusion else PairBiasAttention
-            targets.append(Target(path, classes, mha, core))
-        else:
-            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
-    if not targets:
-        looked_for = ", ".join(cls.__name__ for cls in _NEW_CLASS)
-        found = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
-        raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{found}")
+    targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
     samplers = [module for module in model.modules() if type(module) is SampleDiffusion]
     around = [NewClass(module, FastSampleDiffusion) for module in samplers if "forward" not in vars(module)]
     return Plan(targets, skipped, around)
+
+
+def _target(path: str, module: nn.Module) -> Target:
+    mha = module.get_submodule("mha")
+    classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
+    diffusion = isinstance(module, DiffusionAttentionPairBias)
+    return Target(path, classes, mha, HoldingPairBiasAttention if diffusion else PairBiasAttention)
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -192,11 +178,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "a subclass, which may compute something else" if known_base else "not an attention that is known here"
     if type(module.mha) is not Attention:
         return f"its mha is not OpenFold3's Attention but {type(module.mha).__qualname__}"
-    if "forward" in vars(module) or "forward" in vars(module.mha):
-        return "its forward was replaced on the instance"
-    if hasattr(module.mha, CORE):
-        return f"its mha already has an attribute '{CORE}'"
-    return None
+    return instance_obstacle(module)
 
 
 def _attend(core: PairBiasAttention, q: Tensor, k: Tensor, v: Tensor, pair_bias: Tensor, mask_bias: Tensor) -> Tensor:
