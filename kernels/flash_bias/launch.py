@@ -67,17 +67,11 @@ def hopper_takes(q: Tensor, k: Tensor, v: Tensor, terms: BiasTerms, pair_mask: T
         return False
     if q.shape[-1] > HOPPER_WIDEST_HEAD or q.shape[-1] % 8 or not _gluon_known():
         return False
-    if torch.cuda.get_device_capability(q.device) != HOPPER or _wide_mixed(q, terms):
+    if torch.cuda.get_device_capability(q.device) != HOPPER:
         return False
     from pairformer_fast.kernels.flash_bias.hopper_common import copyable
 
     return all(copyable(x) for x in (q, k, v))
-
-
-def _wide_mixed(q: Tensor, terms: BiasTerms) -> bool:
-    """Mixed bias of rank above 32 beside heads wider than 32, wrong on an H100 at rank 128; cause not known."""
-    rank = 0 if terms.phi_q is None else terms.phi_q.shape[-1]
-    return terms.dense_tiles is not None and rank > 32 and q.shape[-1] > 32
 
 
 def _gluon_known() -> bool:
