@@ -144,9 +144,10 @@ def _name(identity: Row) -> str:
 
 
 def _line(row: Row) -> str:
-    result = f"ERROR {row['error']}"
     if "ms" in row:
         result = f"{row['ms']:.3f} ms, {row['registers']} registers, {row['spills']} spilled"
+    else:
+        result = f"ERROR {row['error']}"
     return f"{_name(row)} {row['tiles']}: {result}"
 
 
