@@ -1,0 +1,1 @@
+"""Layer norm and the linear layers that read it, in one pass over the pair representation."""
