@@ -1,4 +1,4 @@
-"""Which backend computes an operation of the block."""
+"""Which backend computes an operation of the block, and in which dtype."""
 
 from __future__ import annotations
 
@@ -60,3 +60,10 @@ def takes_triton(backend: Backend, x: Tensor, channels: int) -> bool:
             "call .contiguous() first"
         )
     return True
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products with ``x`` are computed in: autocast's dtype where it is on, else that of ``x``."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
