@@ -157,6 +157,9 @@ def test_parameters_of_a_module():
 def test_errors_say_what_to_change(change, error, message):
     given = {"x": torch.zeros(2, 3, 8), "norm": NormParameters(torch.ones(8), torch.zeros(8)), "residual": None}
     given |= {"dy": torch.zeros(2, 3, 8), "backend": Backend.AUTO} | change
+    norm = given["norm"]
+    given["norm"] = NormParameters(*(None if t is None else t.to(DEVICE) for t in (norm.weight, norm.bias)))
+    given |= {name: t.to(DEVICE) for name, t in given.items() if isinstance(t, Tensor)}
     with pytest.raises(error, match=message):
         layer_norm_backward(given["x"], given["norm"], given["dy"], given["residual"], backend=given["backend"])
 

@@ -1,0 +1,91 @@
+"""Backward pass: products by PyTorch, layer norm by its own kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm, layer_norm_backward
+
+CHUNK = 4096
+"""Fewest tokens over which one partial sum of a weight's gradient goes."""
+
+MOST_CHUNKS = 256
+
+
+def backward(
+    dtokens: Tensor | None,
+    dplanar: Tensor | None,
+    z: Tensor,
+    norm: NormParameters,
+    weight: Tensor | None,
+    planar_weight: Tensor | None,
+    compute: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of z, the parameters of the norm (empty without a bias) and the weights (likewise).
+
+    Beside the gradient of z it takes one tensor of the shape of z in the dtype ``compute`` at a time, and for each
+    weight up to ``MOST_CHUNKS`` partial sums in fp32. Gradients that arrive are copied only if their tokens are not in
+    one line in memory.
+    """
+    ending = dtokens is not None and dtokens.transpose(1, 2).is_contiguous()
+    if ending:
+        z, dtokens = z.transpose(1, 2), dtokens.transpose(1, 2)
+        dplanar = None if dplanar is None else dplanar.transpose(2, 3)
+    batch, rows, columns, channels = z.shape
+    if dtokens is not None:
+        dtokens = dtokens.reshape(-1, dtokens.shape[-1])
+    if dplanar is not None:
+        dplanar = dplanar.reshape(batch, -1, rows * columns).mT
+    with torch.autocast(z.device.type, enabled=False):
+        y = layer_norm(z, norm, dtype=compute, backend=Backend.TRITON).view(batch, -1, channels)
+        dweight, dplanar_weight = z.new_empty(0), z.new_empty(0)
+        if weight is not None:
+            dweight = _dweight(weight, [] if dtokens is None else [dtokens], [y.view(-1, channels)])
+        if planar_weight is not None:
+            dplanar_weight = _dweight(planar_weight, [] if dplanar is None else list(dplanar), list(y))
+        dy = y.zero_() if dtokens is None and dplanar is None else y
+        if dtokens is not None:
+            torch.mm(dtokens, weight.to(compute), out=dy.view(-1, channels))
+        if dplanar is not None:
+            torch.baddbmm(
+                dy,
+                dplanar,
+                planar_weight.to(compute).expand(batch, -1, -1),
+                beta=0 if dtokens is None else 1,
+                out=dy,
+            )
+        dz, dnorm_weight, dnorm_bias = layer_norm_backward(z, norm, dy.view(z.shape), backend=Backend.TRITON)
+    dnorm_bias = z.new_empty(0) if norm.bias is None else dnorm_bias.to(norm.bias.dtype)
+    dz = dz.transpose(1, 2) if ending else dz
+    return dz, dnorm_weight.to(norm.weight.dtype), dnorm_bias, dweight, dplanar_weight
+
+
+def _dweight(weight: Tensor, arriving: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """Sum of ``arriving[b].T @ inputs[b]``, ``[T, O]`` and ``[T, C]``, in fp32 until the end; zero if none arrives."""
+    if not arriving:
+        return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    parts = [_summed_product(a, x) for a, x in zip(arriving, inputs, strict=True)]
+    return torch.stack(parts).sum(0).to(weight.dtype)
+
+
+def _summed_product(a: Tensor, x: Tensor) -> Tensor:
+    """``a.T @ x`` in fp32, by partial sums over tokens: the few tiles of the result would not fill a GPU."""
+    length = max(CHUNK, -(-len(x) // MOST_CHUNKS))
+    chunks = len(x) // length
+    whole = chunks * length
+    total = torch.zeros(a.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    if chunks:
+        of_chunks = _wide_product(a[:whole].unflatten(0, (chunks, length)).mT, x[:whole].unflatten(0, (chunks, length)))
+        total = of_chunks.sum(0)
+    if whole < len(x):
+        total += _wide_product(a[None, whole:].mT, x[None, whole:])[0]
+    return total
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product with an fp32 result, which PyTorch has for narrower operands on CUDA only."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
