@@ -1,0 +1,293 @@
+"""Backward pass: edges and product are made again, then Triton between products by cuBLAS, a chunk of rows at a time.
+
+With ``P`` the padded tokens (``triton_forward.py``) it holds at most five tensors of ``P x P x C`` (or ``C_hidden``) in
+the dtype of the products: both edges, their product, the gradient of the gate, and 1/8 of an edge and of what a chunk
+needs; and then the gradient of z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from pairformer_fast.kernels.layer_norm import layer_norm_backward
+from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
+from pairformer_fast.kernels.triangle_multiplication.triton_backward_kernels import (
+    edges_backward_kernel,
+    update_backward_kernel,
+)
+from pairformer_fast.kernels.triangle_multiplication.triton_common import (
+    Tiles,
+    aligned,
+    on_device,
+    padded,
+    precision,
+)
+from pairformer_fast.kernels.triangle_multiplication.triton_forward import multiply, project
+
+CHUNKS = 8
+"""Parts of the rows, and of the channels, that are worked on one after the other."""
+
+CHUNK_TOKENS = 65536
+"""Pairs of tokens of the smallest chunk, enough for every multiprocessor."""
+
+SHARE_TOKENS = 2048
+"""Pairs of tokens that one product of those summed up to the gradient of a weight goes through."""
+
+
+def update_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of ``update_backward_kernel``."""
+    if dtype == torch.float32:
+        return Tiles(32, min(32, padded(channels)), 8, 1)
+    return Tiles(64, min(64, padded(channels)), 8, 1)
+
+
+def edges_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of ``edges_backward_kernel``."""
+    if dtype == torch.float32:
+        return Tiles(32, min(32, padded(hidden)), 8, 1)
+    return Tiles(64, min(64, padded(hidden)), 4, 1)
+
+
+def update_backward(
+    dy: Tensor,
+    z: Tensor,
+    product: Tensor,
+    weights: TriangleWeights,
+    dropout: Tensor | None,
+    dgate: Tensor,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn rows of the product of one batch entry into its gradient.
+
+    Parameters
+    ----------
+    dy, z, dropout : Tensor
+        ``[R, N, C]``.
+    product : Tensor
+        ``[C_hidden, >= R, P]``, rows of planes.
+    dgate : Tensor
+        ``[>= R, P, C]``, contiguous, filled with the gradient of the gate before its sigmoid.
+
+    Returns
+    -------
+    dupdate, normalised : Tensor
+        ``[tokens, C]`` gradient of the output projection, and ``[tokens, C_hidden]`` its input.
+    dnorm : Tensor
+        fp32 ``[2, C_hidden]``: gradients of weight and bias of ``norm_out``.
+    """
+    rows, tokens, channels = z.shape
+    hidden, padded_rows, size = product.shape
+    tiles = tiles or update_tiles(channels, hidden, product.dtype)
+    count = padded_rows * size
+    blocks = triton.cdiv(count, tiles.tokens)
+    dupdate, normalised = (product.new_empty(count, width) for width in (channels, hidden))
+    shares = torch.empty(2, blocks, hidden, dtype=torch.float32, device=z.device)
+    norm_in, norm_out = weights.norm_in, weights.norm_out
+    with on_device(z):
+        update_backward_kernel[(blocks,)](
+            dy,
+            *dy.stride()[:2],
+            z,
+            *z.stride()[:2],
+            product,
+            product.stride(0),
+            dropout,
+            *((0, 0, 0) if dropout is None else dropout.stride()),
+            dgate,
+            dupdate,
+            normalised,
+            shares,
+            norm_in.weight,
+            norm_in.bias,
+            norm_out.weight,
+            norm_out.bias,
+            weights.out,
+            weights.gate,
+            rows,
+            tokens,
+            size,
+            count,
+            C=channels,
+            H=hidden,
+            BLOCK_C=padded(channels),
+            BLOCK_H=padded(hidden),
+            BLOCK_O=tiles.channels,
+            BLOCK_T=tiles.tokens,
+            EPS_IN=norm_in.eps,
+            EPS_OUT=norm_out.eps,
+            HAS_BIAS_IN=norm_in.bias is not None,
+            HAS_BIAS_OUT=norm_out.bias is not None,
+            PRECISION=precision(product.dtype),
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )
+    return dupdate, normalised, shares.sum(1)
+
+
+def edges_backward(
+    z: Tensor,
+    mask: Tensor,
+    weights: TriangleWeights,
+    da: Tensor,
+    db: Tensor,
+    dgate: Tensor,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalised rows ``z [R, N, C]`` of one batch entry and the gradients of their projections.
+
+    ``da``, ``db`` are ``[C_hidden, >= R, P]``, ``dgate`` is that of :func:`update_backward`. Returns ``[tokens, C]``
+    and ``[tokens, 4 C_hidden + C]``, for a, a_gate, b, b_gate and gate.
+    """
+    rows, tokens, channels = z.shape
+    hidden, padded_rows, size = da.shape
+    tiles = tiles or edges_tiles(channels, hidden, da.dtype)
+    count = padded_rows * size
+    x, gradients = (da.new_empty(count, width) for width in (channels, 4 * hidden + channels))
+    flags, norm = mask.view(torch.uint8), weights.norm_in
+    with on_device(z):
+        edges_backward_kernel[(triton.cdiv(count, tiles.tokens),)](
+            z,
+            *z.stride()[:2],
+            flags,
+            *flags.stride(),
+            norm.weight,
+            norm.bias,
+            weights.a,
+            weights.a_gate,
+            weights.b,
+            weights.b_gate,
+            da,
+            db,
+            da.stride(0),
+            dgate,
+            x,
+            gradients,
+            rows,
+            tokens,
+            size,
+            count,
+            C=channels,
+            H=hidden,
+            BLOCK_C=padded(channels),
+            BLOCK_O=tiles.channels,
+            BLOCK_T=tiles.tokens,
+            EPS=norm.eps,
+            HAS_BIAS=norm.bias is not None,
+            PRECISION=precision(da.dtype),
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )
+    return x, gradients
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy^T x`` in fp32 of ``[tokens, outputs]`` and ``[tokens, inputs]``: shares summed in a fixed order."""
+    tokens = x.shape[0]
+    shares = 1
+    while tokens % (2 * shares) == 0 and tokens // (2 * shares) >= SHARE_TOKENS:
+        shares *= 2
+    left, right = dy.view(shares, -1, dy.shape[1]).mT, x.view(shares, -1, x.shape[1])
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.bmm(left, right, out_dtype=torch.float32).sum(0)
+    return torch.bmm(left.float(), right.float()).sum(0)
+
+
+def edge_gradients(dproduct: Tensor, room: Tensor, b: Tensor, incoming: bool) -> None:
+    """Replace both edges by their gradients, some channels at a time.
+
+    ``dproduct`` and ``b`` are planes ``[B C_hidden, P, P]``; ``room`` has more of them, of which the last hold a. The
+    gradient of a fills the first, always over channels of a that are no longer needed.
+    """
+    planes = b.shape[0]
+    step = room.shape[0] - planes
+    for start in range(0, planes, step):
+        stop = min(planes, start + step)
+        d, a, da, other = dproduct[start:stop], room[start + step : stop + step], room[start:stop], b[start:stop]
+        if incoming:
+            torch.bmm(other, d.mT, out=da)
+            torch.bmm(a, d, out=other)
+        else:
+            torch.bmm(d, other, out=da)
+            torch.bmm(d.mT, a, out=other)
+
+
+def backward(
+    dy: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    weights: TriangleWeights,
+    dropout: Tensor | None,
+    incoming: bool,
+    compute: torch.dtype,
+) -> dict[str, Tensor]:
+    """Gradients by the names of ``operator.DIFFERENTIABLE``: that of z in its dtype, the others in fp32."""
+    with torch.autocast(z.device.type, enabled=False):
+        return _backward(dy, z, mask, weights, dropout, incoming, compute)
+
+
+def _backward(
+    dy: Tensor,
+    z: Tensor,
+    mask: Tensor,
+    weights: TriangleWeights,
+    dropout: Tensor | None,
+    incoming: bool,
+    compute: torch.dtype,
+) -> dict[str, Tensor]:
+    batch, tokens, _, channels = z.shape
+    hidden, size = weights.a.shape[0], aligned(tokens)
+    edges = [weights.a, weights.a_gate, weights.b, weights.b_gate, weights.gate]
+    stacked = torch.cat([x.to(compute) for x in edges])
+    sizes = [hidden] * 4 + [channels]
+    cast = TriangleWeights(
+        weights.norm_in, weights.norm_out, *stacked.split(sizes), weights.out.to(compute).contiguous()
+    )
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    dropout = None if dropout is None else dropout.expand(z.shape)
+
+    step = triton.cdiv(batch * hidden, CHUNKS)
+    room = torch.empty(batch * hidden + step, size, size, dtype=compute, device=z.device)
+    shape = batch, hidden, size, size
+    a, b = room[step:].view(shape), torch.empty(shape, dtype=compute, device=z.device)
+    project(z, mask, cast, a, b)
+    product = multiply(a, b, incoming, 0, size)
+    # Holds the gradient of the gate first, and then, chunk by chunk, that of the normalised z.
+    dx = torch.empty(batch, size, size, channels, dtype=compute, device=z.device)
+    dout = torch.zeros(channels, hidden, dtype=torch.float32, device=z.device)
+    dnorm_out = torch.zeros(2, hidden, dtype=torch.float32, device=z.device)
+    chunks = list(_chunks(batch, tokens, size))
+    for i, rows, padded_rows in chunks:
+        scale = None if dropout is None else dropout[i, rows]
+        dupdate, normalised, dnorm = update_backward(
+            dy[i, rows], z[i, rows], product[i, :, padded_rows], cast, scale, dx[i, padded_rows]
+        )
+        dout += weight_gradient(dupdate, normalised)
+        dnorm_out += dnorm
+    edge_gradients(product.view(-1, size, size), room, b.view(-1, size, size), incoming)
+    del product
+
+    da = room[: batch * hidden].view(shape)
+    dstacked = torch.zeros(stacked.shape, dtype=torch.float32, device=z.device)
+    for i, rows, padded_rows in chunks:
+        x, gradients = edges_backward(
+            z[i, rows], mask[i, rows], cast, da[i, :, padded_rows], b[i, :, padded_rows], dx[i, padded_rows]
+        )
+        dstacked += weight_gradient(gradients, x)
+        torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, channels))
+    dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx[:, :tokens, :tokens], dy, backend="triton")
+    results = {"z": dz, "out": dout}
+    results |= zip(("a", "a_gate", "b", "b_gate", "gate"), torch.split_with_sizes_copy(dstacked, sizes), strict=True)
+    results |= zip(("norm_in_weight", "norm_in_bias"), dnorm_in, strict=True)
+    return results | dict(zip(("norm_out_weight", "norm_out_bias"), torch.unbind_copy(dnorm_out), strict=True))
+
+
+def _chunks(batch: int, tokens: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Batch entry, rows of z, and rows of planes of each chunk."""
+    step = min(size, aligned(max(triton.cdiv(size, CHUNKS), CHUNK_TOKENS // size)))
+    for i in range(batch):
+        for start in range(0, size, step):
+            yield i, slice(start, min(tokens, start + step)), slice(start, min(size, start + step))
