@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm_linear import products
 
 _DIFFERENTIABLE = 5
 
@@ -27,11 +28,14 @@ def forward(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``tokens [B, I, J, O]`` and ``planar [B, P, I, J]`` in the dtype ``compute``."""
-    from pairformer_fast.kernels.layer_norm_linear import triton_forward
-
     tokens, planar = empty_results(z, weight, planar_weight, transposed, compute)
     norm = NormParameters(norm_weight, norm_bias, eps)
-    triton_forward.forward(z, norm, weight, planar_weight, tokens, planar, compute)
+    if compute == torch.float32:
+        products.forward_fp32(z, norm, weight, planar_weight, tokens, planar)
+    else:
+        from pairformer_fast.kernels.layer_norm_linear import triton_forward
+
+        triton_forward.forward(z, norm, weight, planar_weight, tokens, planar)
     return tokens, planar
 
 
@@ -78,10 +82,8 @@ def backward(
     compute: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of z, both parameters of the norm and both weights; None for a gradient that arrives is zero."""
-    from pairformer_fast.kernels.layer_norm_linear import gradients
-
     norm = NormParameters(norm_weight, norm_bias, eps)
-    return gradients.backward(dtokens, dplanar, z, norm, weight, planar_weight, compute)
+    return products.backward(dtokens, dplanar, z, norm, weight, planar_weight, compute)
 
 
 @backward.register_fake
@@ -107,10 +109,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dtokens: Tensor | None, dplanar: Tensor | None) -> tuple[Tensor | None, ...]:
-    *_, weight, planar_weight = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    *_, weight, planar_weight = saved
     dtokens = None if weight is None else dtokens
     dplanar = None if planar_weight is None else dplanar
-    found = backward(dtokens, dplanar, *ctx.saved_tensors, ctx.eps, ctx.compute)
+    found = backward(dtokens, dplanar, *saved, ctx.eps, ctx.compute)
     needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
     return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +18,6 @@ from pairformer_fast.kernels.layer_norm.triton_tokens import (
     load_tokens,
     locate,
     on_device,
-    precision,
     token_offsets,
     tokens,
 )
@@ -76,8 +74,6 @@ def forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """All linear layers of one tile of tokens; the planes of ``planar`` are ``plane`` entries apart."""
@@ -85,23 +81,23 @@ def forward_kernel(
     i_b, o_i, o_j, m_t = locate(tl.program_id(0), rows, columns, BLOCK_I, BLOCK_J)
     o_c = tl.arange(0, BLOCK_C)
     b_z = load_tokens(z, i_b, o_i, o_j, m_t, o_c, C).to(tl.float32)  # [T, BLOCK_C]
-    b_y = normalised_rows(b_z, norm_weight, norm_bias, o_c, C, EPS, norm_bias is not None).to(COMPUTE)
+    b_y = normalised_rows(b_z, norm_weight, norm_bias, o_c, C, EPS, norm_bias is not None)
 
     if planar_weight is not None:
-        b_weight = load_weight(planar_weight, 0, P, C, BLOCK_P, BLOCK_C)
-        b_planes = tl.trans(tl.dot(b_y, b_weight, input_precision=PRECISION)).to(COMPUTE)  # [BLOCK_P, T]
+        b_planar_weight = load_weight(planar_weight, 0, P, C, BLOCK_P, BLOCK_C)
+        b_planes = tl.trans(tl.dot(b_y.to(b_planar_weight.dtype), b_planar_weight))  # [BLOCK_P, T]
         o_p = tl.arange(0, BLOCK_P)[:, None]
         p_planes = planar.pointer + o_p.to(tl.int64) * plane + token_offsets(planar, i_b, o_i, o_j)[None, :]
-        tl.store(p_planes, b_planes, mask=(o_p < P) & m_t[None, :])
+        tl.store(p_planes, b_planes.to(b_planar_weight.dtype), mask=(o_p < P) & m_t[None, :])
 
     if weight is not None:
         p_tokens = tokens.pointer + token_offsets(tokens, i_b, o_i, o_j)[:, None]
         for start in tl.range(0, OUT, BLOCK_O, num_stages=STAGES):
             b_weight = load_weight(weight, start, OUT, C, BLOCK_O, BLOCK_C)
-            b_out = tl.dot(b_y, b_weight, input_precision=PRECISION).to(COMPUTE)  # [T, BLOCK_O]
+            b_out = tl.dot(b_y.to(b_weight.dtype), b_weight)  # [T, BLOCK_O]
             o_o = start + tl.arange(0, BLOCK_O)[None, :]
             m_out = m_t[:, None] if OUT % BLOCK_O == 0 else m_t[:, None] & (o_o < OUT)
-            tl.store(p_tokens + o_o, b_out, mask=m_out)
+            tl.store(p_tokens + o_o, b_out.to(b_weight.dtype), mask=m_out)
 
 
 def forward(
@@ -111,7 +107,6 @@ def forward(
     planar_weight: Tensor | None,
     out_tokens: Tensor,
     out_planar: Tensor,
-    compute: torch.dtype,
     *,
     tiles: Tiles | None = None,
 ) -> None:
@@ -119,18 +114,18 @@ def forward(
 
     Parameters
     ----------
-    z, norm, weight, planar_weight : Tensor
+    z, norm, weight, planar_weight
         As in the api, bf16, fp16 or fp32.
     out_tokens, out_planar : Tensor
-        Of dtype ``compute``, any strides but the last of ``out_tokens``; unused without their weight.
-    compute : torch.dtype
-        To which weights and normalised tokens are rounded.
+        Both bf16 or both fp16, to which weights and normalised tokens are rounded too; any strides but the last of
+        ``out_tokens``. Unused without their weight.
     tiles : Tiles, optional
         In place of those of the table.
     """
     channels = z.shape[-1]
+    compute = out_tokens.dtype
     weight, planar_weight = (None if w is None else w.to(compute).contiguous() for w in (weight, planar_weight))
-    tiles = tiles or tile_sizes(channels, compute, planar_only=weight is None)
+    tiles = tiles or tile_sizes(channels, planar_only=weight is None)
     planes = Tokens(None) if planar_weight is None else tokens(out_planar.permute(0, 2, 3, 1))
     plan = layout(z.shape[:3], [tokens(z), tokens(None if weight is None else out_tokens), planes])
     block = plan.block(tiles.tokens)
@@ -153,23 +148,16 @@ def forward(
             BLOCK_P=16 if planar_weight is None else _padded(planar_weight.shape[0]),
             BLOCK_I=block[0],
             BLOCK_J=block[1],
-            PRECISION=precision(compute),
-            COMPUTE=_TYPES[compute],
             STAGES=tiles.stages,
             num_warps=tiles.warps,
         )
 
 
-def tile_sizes(channels: int, compute: torch.dtype, *, planar_only: bool) -> Tiles:
+def tile_sizes(channels: int, *, planar_only: bool) -> Tiles:
     """Tiles for ``C`` channels."""
-    if compute == torch.float32:
-        return Tiles(32, 32, 4, 1)
     if planar_only:
         return Tiles(64, 16, 4, 1)
-    return Tiles(128, 64 if channels > 128 else 128, 8, 2)
-
-
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return Tiles(64, 64, 4, 2) if channels > 128 else Tiles(128, 64, 8, 3)
 
 
 def _padded(width: int) -> int:

@@ -1,4 +1,8 @@
-"""Backward pass: products by PyTorch, layer norm by its own kernels."""
+"""Products by PyTorch around the kernels of layer_norm: the backward pass, and the forward pass in fp32.
+
+Triton's products of exact fp32 hold whole operands in registers, which they overflow from C = 128 on. PyTorch's take
+so long that another pass over memory does not matter.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,27 @@ CHUNK = 4096
 """Fewest tokens over which one partial sum of a weight's gradient goes."""
 
 MOST_CHUNKS = 256
+
+
+def forward_fp32(
+    z: Tensor,
+    norm: NormParameters,
+    weight: Tensor | None,
+    planar_weight: Tensor | None,
+    tokens: Tensor,
+    planar: Tensor,
+) -> None:
+    """Write ``tokens [B, I, J, O]`` and ``planar [B, P, I, J]``; takes memory for the normalised z and ``planar``."""
+    if weight is not None and tokens.transpose(1, 2).is_contiguous():
+        z, tokens = z.transpose(1, 2), tokens.transpose(1, 2)
+        planar = planar if planar_weight is None else planar.transpose(2, 3)
+    batch, rows, columns, channels = z.shape
+    with torch.autocast(z.device.type, enabled=False):
+        y = layer_norm(z, norm, dtype=torch.float32, backend=Backend.TRITON).view(batch, -1, channels)
+        if weight is not None:
+            torch.mm(y.view(-1, channels), weight.float().mT, out=tokens.view(-1, weight.shape[0]))
+        if planar_weight is not None:
+            planar.copy_((planar_weight.float() @ y.mT).view(batch, -1, rows, columns))
 
 
 def backward(
