@@ -1,0 +1,148 @@
+"""Public function of the operation: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm.api import check_norm
+from pairformer_fast.kernels.layer_norm.backend import takes_triton
+from pairformer_fast.kernels.transition import operator, reference
+
+MOST_CHANNELS = 512
+"""Most channels that the Triton kernels hold on chip."""
+
+VECTOR = 8
+"""Channels and hidden channels of the Triton kernels are multiples of this."""
+
+
+def transition(
+    x: Tensor,
+    norm: NormParameters,
+    a_weight: Tensor,
+    b_weight: Tensor,
+    out_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """SwiGLU transition with its residual, ``x + mask * ((silu(y a^T) * (y b^T)) out^T)`` of ``y = layer_norm(x)``.
+
+    Differentiable in ``x`` and all parameters. Products run in the dtype of autocast where it is on, else in that of
+    ``x``, and are summed in fp32. The hidden layer is never in memory with Triton, in neither direction: the backward
+    pass computes it again and needs three tensors ``[tokens, C]`` of the dtype of the products and up to 33 copies of
+    the weights in fp32 for a while.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[B, I, J, C]`` or ``[B, N, C]``, floating point, any strides but the last.
+    norm : NormParameters
+    a_weight, b_weight : Tensor
+        ``[hidden, C]``, floating point; a is the gate.
+    out_weight : Tensor
+        ``[C, hidden]``, floating point.
+    mask : Tensor, optional
+        Bool, ``x.shape[:-1]``, True = keep; other tokens are returned as they are.
+    out : Tensor, optional
+        Shape and dtype of ``x``, where the result is written and no gradient is needed; may be ``x`` itself.
+    backend : Backend
+        ``auto`` takes Triton on CUDA for bf16, fp16 and fp32 up to 512 channels where all channels are multiples of 8,
+        and plain PyTorch elsewhere.
+
+    Returns
+    -------
+    Tensor
+        Shape and dtype of ``x``; ``out`` where it is given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes, dtypes or devices do not fit together or to the backend.
+    RuntimeError
+        If ``out`` is given where a gradient is needed, or ``backend`` is ``triton`` and cannot run here.
+
+    Notes
+    -----
+    Source: AF3 Algorithm 11.
+    """
+    _check(x, norm, a_weight, b_weight, out_weight, mask)
+    inputs = (x, norm.weight, norm.bias, a_weight, b_weight, out_weight)
+    if out is not None:
+        _check_out(out, x)
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            raise RuntimeError(
+                "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave out None"
+            )
+    compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if not _takes_triton(Backend(backend), x, out, a_weight):
+        result = reference.transition(x, norm, a_weight, b_weight, out_weight, mask, compute)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return operator.transition_forward(*inputs, mask, norm.eps, compute)
+    operator.transition_into(out, *inputs, mask, norm.eps, compute)
+    return out
+
+
+def _takes_triton(backend: Backend, x: Tensor, out: Tensor | None, a_weight: Tensor) -> bool:
+    odd = [size for size in a_weight.shape if size % VECTOR]
+    odd_out = out is not None and out.stride(-1) != 1
+    if backend is Backend.AUTO and (odd or odd_out):
+        return False
+    takes = takes_triton(backend, x, MOST_CHANNELS)
+    if takes and odd:
+        raise ValueError(
+            f"backend 'triton' takes channels in multiples of {VECTOR}, but a_weight is {list(a_weight.shape)}; choose "
+            "backend 'reference'"
+        )
+    if takes and odd_out:
+        raise ValueError(f"backend 'triton' needs out with contiguous channels, but got strides {out.stride()}")
+    return takes
+
+
+def _check(
+    x: Tensor, norm: NormParameters, a_weight: Tensor, b_weight: Tensor, out_weight: Tensor, mask: Tensor | None
+) -> None:
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x must be [B, I, J, C] or [B, N, C], but got shape {list(x.shape)}")
+    check_norm("x", x, norm)
+    channels = x.shape[-1]
+    if a_weight.ndim != 2 or a_weight.shape[1] != channels or not a_weight.shape[0]:
+        raise ValueError(f"a_weight must be [hidden, C] = [hidden, {channels}], but got {list(a_weight.shape)}")
+    hidden = a_weight.shape[0]
+    if b_weight.shape != a_weight.shape:
+        raise ValueError(
+            f"b_weight must have the shape of a_weight, {list(a_weight.shape)}, but got {list(b_weight.shape)}"
+        )
+    if out_weight.shape != (channels, hidden):
+        raise ValueError(
+            f"out_weight must be [C, hidden] = [{channels}, {hidden}] to fit x and a_weight, but got "
+            f"{list(out_weight.shape)}"
+        )
+    for name, weight in (("a_weight", a_weight), ("b_weight", b_weight), ("out_weight", out_weight)):
+        if not weight.is_floating_point():
+            raise TypeError(f"{name} must be floating point, but got {weight.dtype}")
+        _check_device(name, weight, x)
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
+    _check_device("mask", mask, x)
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if out.shape != x.shape:
+        raise ValueError(f"out must have the shape of x, {list(x.shape)}, but got {list(out.shape)}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have the dtype of x, {x.dtype}, but got {out.dtype}")
+    _check_device("out", out, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")

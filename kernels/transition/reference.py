@@ -1,0 +1,28 @@
+"""The transition in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm import reference as layer_norm
+
+
+def transition(
+    x: Tensor,
+    norm: NormParameters,
+    a_weight: Tensor,
+    b_weight: Tensor,
+    out_weight: Tensor,
+    mask: Tensor | None,
+    compute: torch.dtype,
+) -> Tensor:
+    """``x [..., C]`` plus its update, with products in ``compute``; differentiable."""
+    with torch.autocast(x.device.type, enabled=False):
+        normalised = layer_norm.layer_norm(x, norm, compute)
+        gate = torch.nn.functional.silu(normalised @ a_weight.to(compute).T)
+        update = (gate * (normalised @ b_weight.to(compute).T)) @ out_weight.to(compute).T
+        if mask is not None:
+            update = update.masked_fill(~mask[..., None], 0)
+        return x + update.to(x.dtype)

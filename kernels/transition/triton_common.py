@@ -1,0 +1,121 @@
+"""What the forward and the backward kernels share: operands, tokens in memory, gate."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ALIGNMENT = 16
+"""Bytes to which the hardware that copies tiles wants addresses aligned."""
+
+
+class Tokens(NamedTuple):
+    """Pointer and strides of a tensor ``[B, I, J]`` or ``[B, I, J, C]`` with contiguous channels."""
+
+    pointer: Tensor | None
+    b: int = 0
+    i: int = 0
+    j: int = 0
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: tokens and hidden channels of a tile, warps, depth of the pipeline.
+
+    ``resident`` programs share a multiprocessor.
+    """
+
+    block_t: int
+    block_h: int
+    warps: int
+    stages: int
+    resident: int
+
+
+def tokens(x: Tensor | None) -> Tokens:
+    """Operand of a tensor with dimensions ``[B, I, J]`` before the channels."""
+    return Tokens(None) if x is None else Tokens(x, *x.stride()[:3])
+
+
+def padded(channels: int) -> int:
+    """Width of a tile that holds the channels."""
+    return max(16, triton.next_power_of_2(channels))
+
+
+def precision(compute: torch.dtype) -> str:
+    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
+    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
+    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def approximate(compute: torch.dtype) -> bool:
+    """Whether the tanh of the hardware, 11 bits, is exact enough for the gate: that of bf16 has 8."""
+    return compute == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+
+
+def descriptor(x: Tensor, compute: torch.dtype, block: list[int]) -> TensorDescriptor:
+    """Matrix in the dtype of the products, read by tiles, with zeros beyond its ends."""
+    x = x.detach().to(compute).contiguous()
+    return TensorDescriptor.from_tensor(x.clone() if x.data_ptr() % ALIGNMENT else x, block)
+
+
+def programs(x: Tensor, count: int, tiles: Tiles) -> int:
+    """How many programs share the tiles of ``count`` tokens: those that run at once."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(triton.cdiv(count, tiles.block_t), processors * tiles.resident)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Make the device of ``x`` current, where Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@triton.jit
+def token_pointers(x, o_t, ROWS, COLUMNS):
+    """Pointers to tokens numbered in the order of ``[B, I, J]``, whatever the strides."""
+    o_bi = o_t // COLUMNS
+    i_b, i_i, i_j = (o_bi // ROWS).to(tl.int64), (o_bi % ROWS).to(tl.int64), (o_t % COLUMNS).to(tl.int64)
+    return x.pointer + i_b * x.b + i_i * x.i + i_j * x.j
+
+
+@triton.jit
+def load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C: tl.constexpr):
+    """Tile ``[T, BLOCK_C]`` of fp32, zero beyond the ends."""
+    inside = (o_t < TOKENS)[:, None] & (o_c < C)[None, :]
+    return tl.load(token_pointers(x, o_t, ROWS, COLUMNS)[:, None] + o_c[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(x, b_x, o_t, o_c, TOKENS, ROWS, COLUMNS, C: tl.constexpr):
+    """Store a tile ``[T, BLOCK_C]`` but for what lies beyond the ends."""
+    inside = (o_t < TOKENS)[:, None] & (o_c < C)[None, :]
+    pointers = token_pointers(x, o_t, ROWS, COLUMNS)[:, None] + o_c[None, :]
+    tl.store(pointers, b_x.to(x.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def keep_masked(b_x, mask, o_t, TOKENS, ROWS, COLUMNS):
+    """Zero in rows of tokens that the mask leaves out."""
+    if mask.pointer is None:
+        return b_x
+    b_keep = tl.load(token_pointers(mask, o_t, ROWS, COLUMNS), mask=o_t < TOKENS, other=0)
+    return tl.where((b_keep != 0)[:, None], b_x, 0.0)
+
+
+@triton.jit
+def sigmoid(x, APPROXIMATE: tl.constexpr):
+    """``1 / (1 + exp(-x))``, in one instruction of the special function unit instead of two if approximate."""
+    if APPROXIMATE:
+        b_tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * b_tanh + 0.5
+    return tl.sigmoid(x)
