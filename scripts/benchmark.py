@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -54,7 +54,8 @@ def attention(
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "attention.json",
 ) -> None:
     """Attention with a pair bias on one GPU, side by side with every peer that is installed."""
-    from benchmark_attention import DeviceLost, run
+    from benchmark_attention import run
+    from benchmark_gpu import DeviceLost
     from benchmark_selection import Selection
     from benchmark_warm import compile_ahead
 
@@ -63,19 +64,59 @@ def attention(
         chosen = Selection.parse(only, sizes, impl, direction)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if not torch.cuda.is_available():
-        typer.echo("error: the attention suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)
-        raise typer.Exit(2)
+    _need_gpu("attention")
     if jobs:
         compile_ahead(chosen, jobs)
     try:
         failed = run(chosen, output, commit, resume, deadline)
     except DeviceLost:
-        # A kernel that reads out of bounds takes the CUDA context with it: the rest needs a fresh process.
-        sys.stdout.flush()
-        left = f"--minutes={(deadline - time.monotonic()) / 60}"
-        again = ["--jobs=0", left, *([] if resume else ["--resume"])]
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
+        _start_again(deadline, resume, "--jobs=0")
+    _finish(output, failed)
+
+
+@app.command()
+def block(
+    only: Annotated[str, typer.Option(help="Sections, comma-separated; all if omitted.")] = "",
+    sizes: Annotated[str, typer.Option(help="Values of N, comma-separated; all if omitted.")] = "",
+    impl: Annotated[str, typer.Option(help="Implementations, shell patterns, comma-separated.")] = "*",
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that --output has.")] = False,
+    minutes: Annotated[float, typer.Option(help="Begin no row after this time; --resume goes on.")] = 600.0,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "block.json",
+) -> None:
+    """A Pairformer block of production size on one GPU, side by side with OpenFold3's if that is installed."""
+    from benchmark_block import run
+    from benchmark_block_selection import BlockSelection
+    from benchmark_gpu import DeviceLost
+
+    deadline = time.monotonic() + 60 * minutes
+    try:
+        selection = BlockSelection.parse(only, sizes, impl)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _need_gpu("block")
+    try:
+        failed = run(selection, output, commit, resume, deadline)
+    except DeviceLost:
+        _start_again(deadline, resume)
+    _finish(output, failed)
+
+
+def _need_gpu(suite: str) -> None:
+    if not torch.cuda.is_available():
+        typer.echo(f"error: the {suite} suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)
+        raise typer.Exit(2)
+
+
+def _start_again(deadline: float, resume: bool, *options: str) -> NoReturn:
+    """Measure the rest in a fresh process: a kernel that reads out of bounds takes the CUDA context with it."""
+    sys.stdout.flush()
+    left = f"--minutes={(deadline - time.monotonic()) / 60}"
+    again = [*options, left, *([] if resume else ["--resume"])]
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *again])
+
+
+def _finish(output: Path, failed: list[str]) -> None:
     print(f"wrote {output}")
     if failed:
         typer.echo(f"error: no valid result for {len(failed)} of our own rows: {', '.join(failed)}", err=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from benchmark_gpu import Ceilings, NotCaptured, Stopwatch, Timing, describe
+from benchmark_gpu import Ceilings, NotCaptured, Stopwatch, Timing, describe, release
 from benchmark_implementations import Implementation, Prepared
 from benchmark_problem import Case, Kind, Problem
 from benchmark_rows import machine, write_rows
@@ -34,10 +34,6 @@ LIMITS = {
     torch.float16: Limits(0.003, 0.006, 0.03),
     torch.float32: Limits(1e-3, 2e-3, 5e-3),
 }
-
-
-class DeviceLost(RuntimeError):
-    """The CUDA context is gone: no further kernel can run in this process."""
 
 
 class Meter(Protocol):
@@ -94,9 +90,9 @@ def run(selection: Selection, output: Path, commit: str | None, resume: bool, de
                 break
             problem = problem or Problem(case, torch.device("cuda"))
             add(measure(problem, implementation, stopwatch), began)
-            _release()
+            release()
         del problem
-        _release()
+        release()
     if left:
         print(f"out of time: {left} rows not measured; --resume measures them")
     if any(row.get("section") == "targets" for row in rows):
@@ -198,16 +194,6 @@ def _beyond_limits(case: Case, errors: dict[str, float]) -> str:
     bounds = [(name, error, known.get(name, limits.bias)) for name, error in errors.items()]
     beyond = [f"{name} {error:.2g} > {bound}" for name, error, bound in bounds if not error <= bound]
     return f"relative error of {', '.join(beyond)}" if beyond else ""
-
-
-def _release() -> None:
-    """Free what the last implementation held; find out whether the device survived it."""
-    gc.collect()
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        raise DeviceLost(str(error)) from error
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

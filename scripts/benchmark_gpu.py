@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,20 @@ class NotCaptured(Exception):
     """The call cannot be timed as a CUDA graph; says why."""
 
 
+class DeviceLost(RuntimeError):
+    """The CUDA context is gone: no further kernel can run in this process."""
+
+
+def release() -> None:
+    """Free what the last implementation held; find out whether the device survived it."""
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise DeviceLost(str(error)) from error
+
+
 def describe(error: BaseException) -> str:
     """Class and message of an error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE]
@@ -58,6 +73,7 @@ class Stopwatch:
             graph, result = _capture(call)
             for tensor in _tensors(result):
                 tensor.detach().fill_(torch.nan)
+            self.restore()
             graph.replay()
             torch.cuda.synchronize()
             if found := fault(result):
@@ -88,6 +104,9 @@ class Stopwatch:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    def restore(self) -> None:
+        """What is done before every timed replay, and is not timed."""
+
     def _replays(self, graph: torch.cuda.CUDAGraph) -> Timing:
         once = _elapsed(graph.replay)
         runs = SLOW_RUNS if once > SLOW_MS else min(MAX_RUNS, max(MIN_RUNS, int(MEASURED_MS / once)))
@@ -96,12 +115,43 @@ class Stopwatch:
         cache = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for start, end in events:
+            self.restore()
             cache.zero_()
             start.record()
             graph.replay()
             end.record()
         torch.cuda.synchronize()
         return _quantiles([start.elapsed_time(end) for start, end in events])
+
+
+class RestoringStopwatch(Stopwatch):
+    """A stopwatch for calls that write to their inputs.
+
+    Parameters
+    ----------
+    restore : callable
+        Puts the inputs back; runs before every call and is not timed.
+    """
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self.restore = restore
+
+    def eager(self, call: Callable[[], object]) -> Timing:
+        """Time ``call`` as Python makes it; the device is idle when it begins, so that the host's time shows."""
+        once = self._once(call)
+        runs = SLOW_RUNS if once > SLOW_MS else min(MAX_RUNS, max(MIN_RUNS, int(MEASURED_MS / once)))
+        return _quantiles([self._once(call) for _ in range(runs)])
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """As in the base class, after the inputs are put back."""
+        self.restore()
+        return super().peak_bytes(call)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        self.restore()
+        torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda").zero_()
+        torch.cuda.synchronize()
+        return _elapsed(call)
 
 
 def _capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -59,16 +59,16 @@ class Selection:
             If a section, size or direction is not one the benchmark has, or if no implementation is left.
         """
         known = list(dict.fromkeys(case.section for case in cases()))
-        sections = tuple(part for name in _split(only) for part in (known[1:] if name == "extra" else [name]))
+        sections = tuple(part for name in split(only) for part in (known[1:] if name == "extra" else [name]))
         if unknown := set(sections) - set(known):
             raise ValueError(f"--only knows extra, {', '.join(known)}, but got {', '.join(sorted(unknown))}")
         if direction and direction not in DIRECTIONS:
             raise ValueError(f"--direction must be fwd or fwdbwd, but got {direction}")
         measured = sorted({case.n for case in cases()})
-        if unknown := set(_split(sizes)) - {str(n) for n in measured}:
+        if unknown := set(split(sizes)) - {str(n) for n in measured}:
             raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
         directions = (direction,) if direction else ()
-        selection = cls(sections, tuple(int(n) for n in _split(sizes)), _split(impl), directions)
+        selection = cls(sections, tuple(int(n) for n in split(sizes)), split(impl), directions)
         if not any(selection.takes(implementation) for implementation in IMPLEMENTATIONS):
             names = ", ".join(implementation.name for implementation in IMPLEMENTATIONS)
             raise ValueError(f"--impl {impl} matches none of: {names}")
@@ -93,5 +93,5 @@ class Selection:
         return named and not any(fnmatch(implementation.name, pattern) for pattern in unwanted)
 
 
-def _split(option: str) -> tuple[str, ...]:
+def split(option: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in option.split(",") if part.strip())

@@ -1,8 +1,11 @@
 """What every test may use: the checkout, public structures outside it, and guards against uninitialised memory."""
 
+import importlib
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +32,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """Root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of scripts/."""
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    return importlib.import_module
+
+
+class Meter:
+    """Stands in for the stopwatch of the benchmarks, which needs a GPU."""
+
+    def __init__(self, timing: tuple[float, float, float]) -> None:
+        self.timing = timing
+
+    def graph(self, call, fault):
+        assert not fault(call())
+        return self.timing
+
+    def eager(self, call):
+        call()
+        return type(self.timing)(*(10 * ms for ms in self.timing))
+
+    def peak_bytes(self, call):
+        return 0
+
+
+@pytest.fixture
+def meter(script) -> Meter:
+    """Every replay of a graph takes 1 ms, every eager call 10."""
+    return Meter(script("benchmark_gpu").Timing(1.0, 0.9, 1.1))
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,41 +18,11 @@ KEYS = {
 
 
 @pytest.fixture
-def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Import a module of scripts/."""
-    monkeypatch.syspath_prepend(str(repository / "scripts"))
-    return importlib.import_module
-
-
-@pytest.fixture
 def problem(script):
     """A small triangle attention in fp32 with gradients, more than one tile wide, with a padding mask."""
     module = script("benchmark_problem")
     case = module.Case("test", "fwdbwd", n=70, rows=3, heads=2, dim=8, rank=4, dtype=torch.float32, masked=True)
     return module.Problem(case, torch.device("cpu"))
-
-
-class Meter:
-    """Stands in for the GPU's stopwatch."""
-
-    def __init__(self, timing: tuple[float, float, float]) -> None:
-        self.timing = timing
-
-    def graph(self, call, fault):
-        assert not fault(call())
-        return self.timing
-
-    def eager(self, call):
-        call()
-        return type(self.timing)(*(10 * ms for ms in self.timing))
-
-    def peak_bytes(self, call):
-        return 0
-
-
-@pytest.fixture
-def meter(script) -> Meter:
-    return Meter(script("benchmark_gpu").Timing(1.0, 0.9, 1.1))
 
 
 @pytest.fixture
@@ -66,7 +34,7 @@ def ours(script, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("rows", [3, None], ids=["triangle", "single"])
-def test_rows_of_ours(script, ours, meter: Meter, problem, rows: int | None) -> None:
+def test_rows_of_ours(script, ours, meter, problem, rows: int | None) -> None:
     problem = type(problem)(replace(problem.case, rows=rows), problem.device)
     for implementation in ours:
         row = script("benchmark_attention").measure(problem, implementation, meter)
@@ -81,7 +49,7 @@ def test_rows_of_ours(script, ours, meter: Meter, problem, rows: int | None) -> 
         assert row["gradients_checked_at"]["n"] == 70
 
 
-def test_what_cannot_be_captured_is_timed_eagerly(script, ours, meter: Meter, problem, monkeypatch) -> None:
+def test_what_cannot_be_captured_is_timed_eagerly(script, ours, meter, problem, monkeypatch) -> None:
     def refuse(call, fault):
         raise script("benchmark_gpu").NotCaptured("it waits for the device")
 
@@ -133,7 +101,7 @@ def test_targets_against_rows(script) -> None:
 
 
 @pytest.mark.parametrize("name", ["SDPA flash, no bias", "SDPA flash, factors concatenated"])
-def test_rows_of_peers(script, meter: Meter, problem, name: str) -> None:
+def test_rows_of_peers(script, meter, problem, name: str) -> None:
     problem = type(problem)(replace(problem.case, masked=False), problem.device)
     implementations = script("benchmark_implementations").IMPLEMENTATIONS
     peer = next(implementation for implementation in implementations if implementation.name == name)
@@ -143,7 +111,7 @@ def test_rows_of_peers(script, meter: Meter, problem, name: str) -> None:
 
 
 @pytest.mark.parametrize("tensor", ["q", "phi_k", "dense", "nan"])
-def test_wrong_results_get_no_speed(script, ours, meter: Meter, problem, tensor: str) -> None:
+def test_wrong_results_get_no_speed(script, ours, meter, problem, tensor: str) -> None:
     honest = next(implementation for implementation in ours if str(implementation.kind) == "mixed")
 
     def wrong(problem):
@@ -166,7 +134,7 @@ def test_wrong_results_get_no_speed(script, ours, meter: Meter, problem, tensor:
     assert "ms_median" not in row
 
 
-def test_missing_peer_is_a_row_with_its_error(script, meter: Meter, problem) -> None:
+def test_missing_peer_is_a_row_with_its_error(script, meter, problem) -> None:
     module = script("benchmark_implementations")
 
     def absent(problem):
@@ -231,7 +199,7 @@ def test_run_survives_a_lost_device(script, ours, meter, problem, tmp_path: Path
     deadline = time.monotonic() + 600
     output = tmp_path / "attention.json"
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(module.DeviceLost):
+    with pytest.raises(gpu.DeviceLost):
         module.run(selection, output, "abc", False, deadline)
     before = json.loads(output.read_text())
     assert [row["impl"] for row in before if row["op"] == "triangle_attention"] == ["pairformer_fast no bias"]

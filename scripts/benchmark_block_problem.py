@@ -1,0 +1,174 @@
+"""Inputs of one case of the block benchmark, and the errors of results against the exact computation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from benchmark_block_exact import ExactBlock
+from torch import Tensor
+
+from pairformer_fast.config import PairformerConfig
+from pairformer_fast.model.pairformer import PairformerBlock
+
+PRODUCTION = PairformerConfig(no_blocks=1)
+TRIANGLE_MULTIPLICATION, TRANSITION = "pair_stack.tri_mul_out", "pair_stack.pair_transition"
+"""Modules of a block that are also measured alone."""
+BIAS_STD = 2.0
+PAIR_RANK = 4
+PAIR_NOISE = 0.05
+DOUBLE_BELOW = 768
+"""Results are held against fp64 below this N and against fp32 from it on."""
+COMPARED_ELEMENTS = 2**27
+"""Elements that are compared at once."""
+LEAST_NORM = 0.01
+"""Least norm, as a part of the median over the parameters, that errors of a parameter's gradient are divided by."""
+
+Result = dict[str, Tensor]
+"""Updated ``s`` and ``z`` (of an operation alone: ``update``), and gradients: ``d`` and the name of what of."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size and direction; weights and inputs have ``dtype``, autocast computes in ``compute``."""
+
+    section: str
+    direction: str
+    n: int
+    dtype: torch.dtype = torch.bfloat16
+    compute: torch.dtype = torch.bfloat16
+    op: str = "pairformer_block"
+    config: PairformerConfig = PRODUCTION
+    peers: bool = True
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "fwdbwd"
+
+    @property
+    def pair_bytes(self) -> int:
+        """Bytes of z in bf16, the unit of memory."""
+        return 2 * self.n**2 * self.config.c_z
+
+
+def random_weights(config: PairformerConfig) -> dict[str, Tensor]:
+    """fp32 weights of a block by name: no projection is zero, as some are at initialisation, and no offset.
+
+    The projections to pair biases are scaled so that a bias has a standard deviation of about 2.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in PairformerBlock(config).state_dict().items()}
+    weights = {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            to_bias = name.endswith("linear_z.weight") and "tri_mul" not in name
+            weights[name] = drawn * shape[-1] ** -0.5 * (BIAS_STD if to_bias else 1.0)
+        else:
+            weights[name] = 0.2 * drawn + (1.0 if "layer_norm" in name and name.endswith("weight") else 0.0)
+    return weights
+
+
+class Problem:
+    """Inputs of a case: s ``[1, N, C_s]``, z ``[1, N, N, C_z]``, and gradients of what comes out if they are wanted.
+
+    z is of low rank in its two tokens but for some noise. How long our block takes in its default mode depends on that:
+    the ranks it finds here are about those in the bundled model (``data/benchmarks/fold.json``). All tokens are kept.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self._generator = torch.Generator(device).manual_seed(2)
+        n, config = case.n, case.config
+        self._pristine = self._normal(1, n, config.c_s).to(case.dtype), self._pairs()
+        self.s, self.z = (x.clone().requires_grad_(case.backward) for x in self._pristine)
+        self.ds, self.dz = (self._normal(*x.shape).to(case.dtype) if case.backward else None for x in self._pristine)
+        self.weights = {name: value.to(device, case.dtype) for name, value in random_weights(config).items()}
+        self.mask = torch.ones(1, n, dtype=torch.bool, device=device)
+        self.pair_mask = torch.ones(1, n, n, dtype=torch.bool, device=device)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of s and z as an implementation is given them."""
+        return self.s.nbytes + self.z.nbytes
+
+    @property
+    def exact(self) -> torch.dtype:
+        """What results are held against is computed in this dtype."""
+        return torch.float64 if self.case.n < DOUBLE_BELOW else torch.float32
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the inputs back, which an implementation that works in place has written to."""
+        for given, pristine in zip((self.s, self.z), self._pristine, strict=True):
+            given.copy_(pristine)
+
+    def errors(self, result: Result) -> dict[str, float]:
+        """Relative errors (Frobenius norm) of the updates and the gradients; infinite where anything is not finite.
+
+        ``parameters`` is that of all parameters' gradients in one vector, ``worst parameter`` the largest of any.
+        """
+        bases = dict(zip("sz", self._pristine, strict=True))
+        compared = [name for name in ("s", "z", "update", "ds", "dz") if name in self.expected]
+        found = {name: error(result[name], self.expected[name], bases.get(name)) for name in compared}
+        parameters = {name: value for name, value in self.expected.items() if name not in compared}
+        if parameters:
+            norms = torch.stack([want.norm() for want in parameters.values()])
+            differences = torch.stack(
+                [(result[name].to(want.dtype) - want).norm() for name, want in parameters.items()]
+            )
+            found["parameters"] = float(differences.norm() / norms.norm())
+            found["worst parameter"] = float((differences / norms.clamp_min(LEAST_NORM * norms.median())).max())
+        return {name: value if value < torch.inf else float("inf") for name, value in found.items()}
+
+    @cached_property
+    def expected(self) -> Result:
+        """Exact results."""
+        case, exact = self.case, self.exact
+        s, z = (x.to(exact, copy=True).requires_grad_(case.backward) for x in self._pristine)
+        weights = {name: value.to(exact).requires_grad_(case.backward) for name, value in self.weights.items()}
+        block = ExactBlock(case.config, weights)
+        with torch.set_grad_enabled(case.backward):
+            if case.op == "triangle_multiplication":
+                return {
+                    "update": block.triangle_multiplication(z, TRIANGLE_MULTIPLICATION, incoming=False)
+                    - self._pristine[1]
+                }
+            if case.op == "transition":
+                return {"update": block.transition(z, TRANSITION) - self._pristine[1]}
+            out_s, out_z = block.block(s, z)
+        found = {"s": out_s.detach(), "z": out_z.detach()}
+        if case.backward:
+            given = {"s": s, "z": z, **weights}
+            gradients = torch.autograd.grad(
+                (out_s, out_z), list(given.values()), (self.ds.to(exact), self.dz.to(exact))
+            )
+            found |= {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
+        return found
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device).normal_(generator=self._generator)
+
+    def _pairs(self) -> Tensor:
+        n, channels = self.case.n, self.case.config.c_z
+        left, right = self._normal(n, PAIR_RANK), self._normal(n, PAIR_RANK)
+        mixed = self._normal(PAIR_RANK, channels) * PAIR_RANK**-0.5
+        z = torch.empty(1, n, n, channels, dtype=self.case.dtype, device=self.device)
+        for rows, one in zip(z[0].split(64), left.split(64), strict=True):
+            rows.copy_((one[:, None] * right) @ mixed + PAIR_NOISE * self._normal(*rows.shape))
+        return z
+
+
+def error(got: Tensor, want: Tensor, base: Tensor | None = None) -> float:
+    """Norm of ``got - want`` over that of ``want - base``, summed by slabs of the second axis."""
+    step = max(1, COMPARED_ELEMENTS * want.shape[1] // want.numel())
+    squares = torch.zeros(2, dtype=torch.float64, device=want.device)
+    for start in range(0, want.shape[1], step):
+        slab = slice(start, start + step)
+        expected = want[:, slab]
+        squares[0] += (got[:, slab].detach().to(want.dtype) - expected).square().sum()
+        squares[1] += (expected if base is None else expected - base[:, slab].to(want.dtype)).square().sum()
+    found = float((squares[0] / squares[1]).sqrt())
+    return found if found < torch.inf else float("inf")

@@ -1,0 +1,59 @@
+"""Cases of the block benchmark, and the part of them that a run measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from benchmark_block_implementations import IMPLEMENTATIONS, Implementation
+from benchmark_block_problem import Case
+from benchmark_selection import Selection, split
+
+
+def cases() -> Iterator[Case]:
+    """Every case, those with a target first."""
+    for n in (384, 768, 1024, 2048):
+        yield Case("forward", "fwd", n)
+    for n in (384, 640):
+        yield Case("training", "fwdbwd", n, dtype=torch.float32)
+    for op in ("triangle_multiplication", "transition"):
+        for n in (768, 1024):
+            yield Case("operations", "fwd", n, op=op)
+    yield Case("long", "fwd", 4096, peers=False)
+
+
+@dataclass(frozen=True)
+class BlockSelection(Selection):
+    """Part of the cases and implementations; empty means all."""
+
+    @classmethod
+    def parse(cls, only: str, sizes: str, impl: str) -> BlockSelection:
+        """Read comma-separated options; a pattern with a leading ``!`` excludes.
+
+        Raises
+        ------
+        ValueError
+            If a section or size is not one the benchmark has, or if nothing is left to measure.
+        """
+        known = list(dict.fromkeys(case.section for case in cases()))
+        if unknown := set(split(only)) - set(known):
+            raise ValueError(f"--only knows {', '.join(known)}, but got {', '.join(sorted(unknown))}")
+        measured = sorted({case.n for case in cases()})
+        if unknown := set(split(sizes)) - {str(n) for n in measured}:
+            raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
+        selection = cls(split(only), tuple(int(n) for n in split(sizes)), split(impl))
+        if not any(selection.implementations(case) for case in selection.cases()):
+            raise ValueError(f"nothing is left of --only {only!r}, --sizes {sizes!r} and --impl {impl!r}")
+        return selection
+
+    def cases(self) -> list[Case]:
+        """The chosen cases."""
+        chosen = (case for case in cases() if not self.sections or case.section in self.sections)
+        return [case for case in chosen if not self.sizes or case.n in self.sizes]
+
+    def implementations(self, case: Case) -> list[Implementation]:
+        """Those chosen for a case."""
+        chosen = [one for one in IMPLEMENTATIONS if one.op == case.op and case.direction in one.directions]
+        chosen = [one for one in chosen if case.n <= one.largest_n and (case.peers or one.ours)]
+        return [one for one in chosen if self.takes(one)]
