@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from pairformer_fast.config import Backend
 from pairformer_fast.kernels.layer_norm import layer_norm_backward
 from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
 from pairformer_fast.kernels.triangle_multiplication.triton_backward_kernels import (
@@ -278,7 +279,7 @@ def _backward(
         )
         dstacked += weight_gradient(gradients, x)
         torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, channels))
-    dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx[:, :tokens, :tokens], dy, backend="triton")
+    dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx[:, :tokens, :tokens], dy, backend=Backend.TRITON)
     results = {"z": dz, "out": dout}
     results |= zip(("a", "a_gate", "b", "b_gate", "gate"), torch.split_with_sizes_copy(dstacked, sizes), strict=True)
     results |= zip(("norm_in_weight", "norm_in_bias"), dnorm_in, strict=True)

@@ -1,0 +1,416 @@
+"""Triangle multiplication against fp64, and beside plain PyTorch in the same dtype.
+
+On a CPU the kernels run in Triton's interpreter (``conftest.py``), so problems are small.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.triangle_multiplication import TriangleWeights, operator, triangle_multiplication
+from pairformer_fast.model.triangle_multiplication import TriangleMultiplication
+from tests.kernels.cases import DEVICE, FLOOR, assert_identical, with_strides
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
+
+from pairformer_fast.kernels.triangle_multiplication import triton_backward
+
+MULTIPLES = {"max": 4.0, "mean": 2.5}
+"""Errors allowed, in units of what plain PyTorch loses in the same dtype."""
+
+DIRECTIONS = pytest.mark.parametrize("incoming", [False, True], ids=["outgoing", "incoming"])
+NAMES = operator.DIFFERENTIABLE
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and features of one problem; ``compute`` is what autocast says."""
+
+    n: int
+    c: int = 16
+    h: int = 16
+    b: int = 1
+    dtype: torch.dtype = torch.float32
+    compute: torch.dtype | None = None
+    bias: bool = True
+    dropout: str = ""
+
+    def __str__(self) -> str:
+        types = "-".join(str(x).removeprefix("torch.") for x in (self.dtype, self.compute) if x is not None)
+        return f"B{self.b}-N{self.n}-C{self.c}-H{self.h}-{types}{'' if self.bias else '-nobias'}{self.dropout}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of a problem; ``leaves`` by the names of the operator."""
+
+    leaves: dict[str, Tensor]
+    mask: Tensor
+    dropout: Tensor | None
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        leaves = {name: x.to(dtype) for name, x in self.leaves.items()}
+        return Problem(leaves, self.mask, None if self.dropout is None else self.dropout.to(dtype), self.dy.to(dtype))
+
+
+def make(case: Case) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        x = mean + scale * torch.randn(*size, generator=generator, dtype=torch.float64)
+        return x.to(DEVICE, case.dtype)
+
+    b, n, c, h = case.b, case.n, case.c, case.h
+    leaves = {"z": draw(b, n, n, c, scale=2, mean=0.5)}
+    for name, width in (("norm_in", c), ("norm_out", h)):
+        leaves[f"{name}_weight"] = draw(width, scale=0.2, mean=1)
+        if case.bias:
+            leaves[f"{name}_bias"] = draw(width, scale=0.2)
+    leaves |= {name: draw(h, c, scale=c**-0.5) for name in ("a", "a_gate", "b", "b_gate")}
+    leaves |= {"gate": draw(c, c, scale=c**-0.5), "out": draw(c, h, scale=h**-0.5)}
+    mask = torch.rand(b, n, n, generator=generator) < 0.8
+    mask[:, :, n - n // 5 :] = False
+    dropout = None
+    if case.dropout:
+        shape = (b, 1, n, c) if case.dropout == "rows" else (b, n, 1, c)
+        dropout = ((torch.rand(shape, generator=generator) < 0.75) / 0.75).to(DEVICE, case.dtype)
+    return Problem(leaves, mask.to(DEVICE), dropout, draw(b, n, n, c))
+
+
+def update(problem: Problem, incoming: bool, backend: Backend = Backend.TRITON, **options) -> Tensor:
+    x = problem.leaves
+    weights = TriangleWeights(
+        NormParameters(x["norm_in_weight"], x.get("norm_in_bias")),
+        NormParameters(x["norm_out_weight"], x.get("norm_out_bias"), 1e-4),
+        *(x[name] for name in ("a", "a_gate", "b", "b_gate", "gate", "out")),
+    )
+    return triangle_multiplication(
+        x["z"], problem.mask, weights, problem.dropout, incoming=incoming, backend=backend, **options
+    )
+
+
+def results(problem: Problem, incoming: bool, function=update, **options) -> dict[str, Tensor]:
+    """Output and every gradient."""
+    leaves = {name: x.detach().requires_grad_() for name, x in problem.leaves.items()}
+    out = function(replace(problem, leaves=leaves), incoming, **options)
+    gradients = torch.autograd.grad(out, list(leaves.values()), problem.dy)
+    return {"output": out.detach()} | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def compare(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], floor: float) -> None:
+    """Maximum and mean errors, in units of those of plain PyTorch."""
+    assert got.keys() == truth.keys()
+    for name, want in truth.items():
+        assert got[name].shape == want.shape, name
+        assert got[name].dtype == plain[name].dtype, name
+        assert got[name].isfinite().all(), name
+        error, loss = ((x[name].double() - want).abs() for x in (got, plain))
+        for kind, measure in (("max", torch.max), ("mean", torch.mean)):
+            allowed = MULTIPLES[kind] * measure(loss) + floor * measure(want.abs())
+            assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
+
+
+def check(case: Case, incoming: bool) -> None:
+    problem, compute = make(case), case.compute or case.dtype
+    truth = results(problem.to(torch.float64), incoming, backend=Backend.REFERENCE)
+    with torch.autocast(DEVICE, compute, enabled=case.compute is not None):
+        plain = results(problem, incoming, backend=Backend.REFERENCE)
+        got = results(problem, incoming)
+    compare(got, plain, truth, FLOOR[compute])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows in the backward pass, of a problem that would fit into one."""
+    monkeypatch.setattr(triton_backward, "CHUNK_TOKENS", 64)
+
+
+CASES = [
+    Case(1),
+    Case(17, c=24, h=40, bias=False),
+    Case(9, c=16, h=24, b=2, dropout="rows"),
+    Case(20, c=64, h=64, dtype=torch.float16, dropout="columns"),
+    Case(18, c=40, h=64, compute=torch.float16, dropout="rows"),
+]
+GPU_CASES = [
+    Case(130, c=128, h=128, dtype=torch.bfloat16, dropout="rows"),
+    Case(63, c=64, h=64, b=2, dtype=torch.bfloat16),
+    Case(63, c=256, h=256, dtype=torch.bfloat16),
+    Case(257, c=128, h=128, compute=torch.bfloat16, dropout="columns"),
+    Case(130, c=128, h=32, compute=torch.bfloat16, bias=False),
+    Case(130, c=64, h=128, compute=torch.float16),
+    Case(63, c=128, h=128),
+    Case(63, c=256, h=64),
+]
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in GPU_CASES)], ids=str)
+def test_output_and_gradients_are_those_of_plain_pytorch(case, incoming, small_chunks):
+    check(case, incoming)
+
+
+@pytest.mark.parametrize("incoming", [True])
+def test_wide_channels_are_worked_on_in_parts(incoming, small_chunks):
+    check(Case(8, c=136, h=160, dtype=torch.float16), incoming)
+
+
+@DIRECTIONS
+def test_reference_is_the_module_of_the_model(incoming):
+    torch.manual_seed(0)
+    module = TriangleMultiplication(16, 24, incoming=incoming).to(DEVICE).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.5)
+    z = torch.randn(2, 7, 7, 16, device=DEVICE).double()
+    mask = torch.rand(2, 7, 7, device=DEVICE) < 0.7
+    got = triangle_multiplication(z, mask, TriangleWeights.of(module), incoming=incoming, backend=Backend.REFERENCE)
+    torch.testing.assert_close(got, z + module(z, mask))
+
+
+def test_weights_of_a_module_with_offsets_are_refused():
+    module = TriangleMultiplication(16, 16)
+    module.linear_g = torch.nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="linear_g has an offset"):
+        TriangleWeights.of(module)
+
+
+@DIRECTIONS
+def test_any_strides_give_the_same(incoming, small_chunks):
+    problem = make(Case(13, c=16, h=16, b=2, dropout="columns"))
+    want = results(problem, incoming)
+    leaves = problem.leaves | {"z": problem.leaves["z"].transpose(1, 2).contiguous().transpose(1, 2)}
+    spread = replace(
+        problem,
+        leaves=leaves,
+        mask=with_strides(problem.mask, [2, 0, 1]),
+        dropout=with_strides(problem.dropout, [3, 1, 0, 2]),
+        dy=with_strides(problem.dy, [1, 3, 0, 2]),
+    )
+    assert_identical(results(spread, incoming), want)
+
+
+def test_broadcast_gradients_are_taken():
+    problem = make(Case(5))
+    ones = replace(problem, dy=torch.ones_like(problem.dy))
+    broadcast = replace(problem, dy=torch.ones((), device=DEVICE).expand(problem.dy.shape))
+    assert_identical(results(broadcast, False), results(ones, False))
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("slab_rows", [1, 8, 11, 1000])
+def test_slabs_change_nothing(slab_rows, incoming):
+    problem = make(Case(21, c=16, h=16, b=2, dropout="columns"))
+    got, want = update(problem, incoming, slab_rows=slab_rows), update(problem, incoming)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("layout", ["plain", "transposed", "gaps"])
+def test_in_place_update_is_that_of_a_new_tensor(layout, incoming):
+    problem = make(Case(19, b=2))
+    want = update(problem, incoming, slab_rows=8)
+    z = problem.leaves["z"]
+    match layout:
+        case "plain":
+            z = z.clone()
+        case "transposed":
+            z = z.transpose(1, 2).contiguous().transpose(1, 2)
+        case "gaps":
+            z = torch.nn.functional.pad(z, (0, 16, 1, 2, 3, 4))[:, 3:-4, 1:-2, :16]
+    got = update(replace(problem, leaves=problem.leaves | {"z": z}), incoming, slab_rows=8, out=z)
+    assert got is z
+    assert torch.equal(z, want)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+def test_out_may_be_another_tensor(backend):
+    problem = make(Case(5))
+    want, before = update(problem, False, backend), problem.leaves["z"].clone()
+    out = torch.empty_like(before)
+    assert update(problem, False, backend, out=out) is out
+    assert torch.equal(out, want)
+    assert torch.equal(problem.leaves["z"], before)
+
+
+def test_masked_edges_may_hold_anything():
+    problem = make(Case(10))
+    problem.mask[:, 2] = False
+    problem.mask[:, :, 3] = False
+    want = update(problem, False)
+    z = problem.leaves["z"].clone()
+    z[:, 2, 3] = torch.nan
+    got = update(replace(problem, leaves=problem.leaves | {"z": z}), False)
+    others = torch.ones(10, 10, dtype=torch.bool, device=DEVICE)
+    others[2, 3] = False
+    assert torch.equal(got[:, others], want[:, others])
+
+
+def test_nothing_kept_leaves_the_layer_norm_of_zeros():
+    problem = replace(make(Case(6)), mask=torch.zeros(1, 6, 6, dtype=torch.bool, device=DEVICE))
+    truth = results(problem.to(torch.float64), False, backend=Backend.REFERENCE)
+    plain = results(problem, False, backend=Backend.REFERENCE)
+    compare(results(problem, False), plain, truth, FLOOR[torch.float32])
+
+
+@DIRECTIONS
+def test_repeats_are_identical(incoming, small_chunks):
+    problem = make(Case(19, b=2))
+    assert_identical(results(problem, incoming), results(problem, incoming))
+
+
+@pytest.mark.gpu
+def test_repeats_are_identical_in_bf16():
+    problem = make(Case(300, c=128, h=128, compute=torch.bfloat16))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert_identical(results(problem, False), results(problem, False))
+
+
+def test_gradients_keep_the_dtypes_of_parameters():
+    problem = make(Case(6))
+    leaves = problem.leaves | {"z": problem.leaves["z"].half()}
+    mixed = replace(problem, leaves=leaves, dy=problem.dy.half())
+    got = results(mixed, False)
+    assert got["output"].dtype == got["gradient of z"].dtype == torch.float16
+    assert {got[f"gradient of {name}"].dtype for name in NAMES if name != "z"} == {torch.float32}
+
+
+def operator_arguments(problem: Problem, incoming: bool) -> tuple:
+    tensors = [problem.leaves.get(name) for name in NAMES]
+    compute = problem.leaves["z"].dtype
+    return *tensors, problem.mask, problem.dropout, 1e-5, 1e-4, incoming, None, compute
+
+
+@pytest.mark.parametrize("case", [Case(5, bias=False), Case(5, b=2, dropout="rows")], ids=str)
+def test_operators_pass_opcheck(case):
+    problem = make(case)
+    leaves = {name: x.requires_grad_() for name, x in problem.leaves.items()}
+    arguments = operator_arguments(replace(problem, leaves=leaves), False)
+    torch.library.opcheck(operator.triangle_multiplication_forward, arguments)
+    detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    torch.library.opcheck(operator.triangle_multiplication_into, (torch.zeros_like(problem.dy), *detached))
+    backward = problem.dy, *detached[:-2], detached[-1]
+    torch.library.opcheck(operator.triangle_multiplication_backward, backward)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(dynamic):
+    problem = make(Case(6, dropout="rows"))
+    torch._dynamo.reset()
+    engine = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(update, fullgraph=True, dynamic=dynamic, backend=engine)
+    assert_identical(results(problem, False, compiled), results(problem, False))
+
+
+def test_compiles_in_place_under_autocast():
+    problem = make(Case(6))
+    torch._dynamo.reset()
+    engine = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(update, fullgraph=True, backend=engine)
+    z = problem.leaves["z"].clone()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        want = update(problem, False)
+        compiled(replace(problem, leaves=problem.leaves | {"z": z}), False, out=z)
+    assert torch.equal(z, want)
+
+
+def test_activation_checkpointing_changes_nothing():
+    problem = make(Case(6, dropout="rows"))
+
+    def recomputed(problem: Problem, incoming: bool) -> Tensor:
+        return checkpoint(update, problem, incoming, use_reentrant=False)
+
+    assert_identical(results(problem, True, recomputed), results(problem, True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_forward_and_backward():
+    problem = make(Case(130, c=64, h=64, compute=torch.bfloat16))
+    leaves = {name: x.requires_grad_() for name, x in problem.leaves.items()}
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = update(replace(problem, leaves=leaves), False)
+        return out, *torch.autograd.grad(out, list(leaves.values()), problem.dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        leaves["z"].mul_(0.5)
+    graph.replay()
+    for got, want in zip(captured, run(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_memory_is_two_edges_and_a_slab():
+    n, c = 512, 128
+    problem = make(Case(n, c=c, h=c, dtype=torch.bfloat16))
+    z = problem.leaves["z"]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    update(problem, False, out=z, slab_rows=64)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= (2 + 64 / n + 0.05) * z.nbytes + 2**25
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda p: {"z": p["z"][:, :4]}, ValueError, r"z must be \[B, N, N, C\]"),
+        (lambda p: {"z": p["z"].long()}, TypeError, "z must be floating point"),
+        (lambda p: {"mask": p["mask"].float()}, TypeError, "mask must be torch.bool"),
+        (lambda p: {"mask": p["mask"][:, :4]}, ValueError, "mask must be"),
+        (lambda p: {"gate": p["gate"][:8]}, ValueError, "weights.gate must be"),
+        (lambda p: {"a": p["a"][:8]}, ValueError, "weights.a_gate must be"),
+        (lambda p: {"norm_in_weight": p["norm_in_weight"][:8]}, ValueError, "norm.weight must be"),
+        (lambda p: {"norm_out_bias": p["norm_out_bias"][:8]}, ValueError, "norm_out.bias must be"),
+        (lambda p: {"dropout": p["z"].half()}, TypeError, "dropout must have the dtype of z"),
+        (lambda p: {"dropout": p["z"][..., :3]}, ValueError, "dropout must be broadcastable"),
+        (lambda p: {"dropout": p["z"].clone().requires_grad_()}, ValueError, "dropout has no gradient"),
+        (lambda p: {"out": p["z"].half()}, ValueError, "out must be like z"),
+        (lambda p: {"slab_rows": 0}, ValueError, "slab_rows must be"),
+        (lambda p: {"z": p["z"].double()}, TypeError, "backend 'triton' takes bf16"),
+        (lambda p: {"z": p["z"].transpose(2, 3).contiguous().transpose(2, 3)}, ValueError, "contiguous in memory"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    problem = make(Case(6, c=16, h=16))
+    changed = change(problem.leaves | {"mask": problem.mask})
+    leaves = problem.leaves | {name: x for name, x in changed.items() if name in NAMES and name != "out"}
+    if isinstance(changed.get("out"), Tensor):
+        options = {"out": changed["out"]}
+    else:
+        options = {name: x for name, x in changed.items() if name == "slab_rows"}
+    mask, dropout = changed.get("mask", problem.mask), changed.get("dropout")
+    with pytest.raises(error, match=message):
+        update(replace(problem, leaves=leaves, mask=mask, dropout=dropout), False, **options)
+
+
+def test_out_is_refused_where_something_requires_a_gradient():
+    problem = make(Case(5))
+    problem.leaves["gate"].requires_grad_()
+    z = problem.leaves["z"]
+    with pytest.raises(RuntimeError, match="out is for inference"):
+        update(problem, False, out=z)
+    with torch.no_grad():
+        update(problem, False, out=z)
+
+
+def test_too_wide_products_are_left_to_pytorch():
+    problem = make(Case(3, c=16, h=264))
+    with pytest.raises(ValueError, match="C_hidden up to 256"):
+        update(problem, False)
+    assert torch.equal(update(problem, False, Backend.AUTO), update(problem, False, Backend.REFERENCE))
