@@ -195,14 +195,13 @@ def norm_kernel(
     tl.store(p_sums + C, b_dbias, mask=o_c < C)
 
 
-def choose_tiles(channels: int, compute: torch.dtype) -> Tiles:
-    """Tiles for ``C`` channels with products in ``compute``."""
-    width = padded(channels)
+def choose_tiles(channels: int, width: int, compute: torch.dtype) -> Tiles:
+    """Tiles for ``C`` channels and ``width`` channels of ``attended``, with products in ``compute``."""
     if compute == torch.float32:
-        return Tiles(32, 8, 32, 4, 4, 1) if width <= 128 else Tiles(16, 4, 16, 2, 8, 1)
-    if width <= 128:
-        return Tiles(64, 8, 128, 1, 8, 1)
-    return Tiles(32, 4, 64, 1, 8, 1) if width <= 256 else Tiles(16, 4, 32, 1, 8, 1)
+        return Tiles(32, 4, 32, 2, 8, 1)
+    if max(channels, width) <= 128:
+        return Tiles(64, 8, 128, 1, 8, 2)
+    return Tiles(32, 4, 64, 1, 8, 2) if channels <= 256 else Tiles(16, 4, 32, 1, 8, 2)
 
 
 def backward(
@@ -239,7 +238,7 @@ def backward(
     z, attended, dropout, dout, dz, dattended = in_order(z, attended, dropout, dout, dz, dattended)
     batch, count_i, count_j, channels = z.shape
     width = attended.shape[-1]
-    tiles = tiles or choose_tiles(channels, compute)
+    tiles = tiles or choose_tiles(channels, width, compute)
     grid = grid_of(z, attended, tiles)
     splits = min(SPLITS, grid.tiles)
     chunk = min(triton.cdiv(chunk, tiles.tokens), grid.tiles)

@@ -84,14 +84,17 @@ def forward_kernel(
         store_tokens(out, b_z + b_update, i_b, o_i, o_j, m_t, o_c, C, BLOCK_C)
 
 
-def choose_tiles(channels: int, compute: torch.dtype) -> Tiles:
-    """Tiles for ``C`` channels with products in ``compute``."""
-    width = padded(channels)
+def choose_tiles(z: Tensor, width: int, compute: torch.dtype) -> Tiles:
+    """Tiles for ``z [..., C]`` and ``width`` channels of ``attended``, with products in ``compute``."""
+    widest = max(z.shape[-1], width)
     if compute == torch.float32:
-        return Tiles(32, 8, 32, 0, 4, 1) if width <= 128 else Tiles(16, 4, 16, 0, 8, 1)
-    if width <= 128:
-        return Tiles(64, 8, 128, 2, 4, 2)
-    return Tiles(64, 8, 64, 0, 8, 1) if width <= 256 else Tiles(32, 4, 32, 0, 8, 1)
+        return Tiles(32, 4, 32, 0, 8, 1)
+    if widest <= 128:
+        # The pipeline of an fp32 tile would leave no room for a second program.
+        return Tiles(64, 8, 128, 2, 4, 2 if z.dtype.itemsize == 2 else 1)
+    if z.shape[-1] <= 256:
+        return Tiles(128, 8, 64, 1, 8, 2) if z.dtype.itemsize == 2 else Tiles(64, 8, 64, 1, 8, 1)
+    return Tiles(32, 4, 32, 0, 8, 2)
 
 
 def forward(
@@ -127,7 +130,7 @@ def forward(
     z, attended, dropout, out = in_order(z, attended, dropout, out)
     batch, count_i, count_j, channels = z.shape
     width = attended.shape[-1]
-    tiles = tiles or choose_tiles(channels, compute)
+    tiles = tiles or choose_tiles(z, width, compute)
     grid = grid_of(z, attended, tiles)
     with on_device(z):
         forward_kernel[(programs(grid.tiles, tiles, z.device),)](
