@@ -181,6 +181,24 @@ def test_more_entries_than_32_bits_count():
         assert torch.equal(got, apply(problem.leaves)["tokens"][0, 0])
 
 
+@pytest.mark.parametrize("resident", [0, 1], ids=["streamed", "resident"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(9, 17, outputs=100, planes=5, batch=2),
+        Case(3, 70, order="transposed", planes=None, c=24),
+        Case(3, 70, outputs=None, planes=16, transposed=True),
+    ],
+    ids=str,
+)
+def test_kernels_with_resident_and_streamed_weights(case, resident, monkeypatch):
+    from pairformer_fast.kernels.layer_norm_linear import triton_forward
+
+    tiles = triton_forward.Tiles(32, 64, 4, 2, resident)
+    monkeypatch.setattr(triton_forward, "tile_sizes", lambda *sizes: tiles)
+    check(make(case))
+
+
 def test_gradients_by_many_partial_sums(monkeypatch):
     from pairformer_fast.kernels.layer_norm_linear import products
 
