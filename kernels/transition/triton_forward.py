@@ -27,6 +27,9 @@ from pairformer_fast.kernels.transition.triton_common import (
     tokens,
 )
 
+PREFETCHED_BYTES = 256
+"""Largest token that is loaded ahead."""
+
 
 @triton.jit
 def forward_kernel(
@@ -50,6 +53,7 @@ def forward_kernel(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Tiles of ``BLOCK_T`` tokens with their update, every ``programs``-th one; ``out`` may be ``x``."""
     x, mask, out = Tokens(*x), Tokens(*mask), Tokens(*out)
@@ -61,7 +65,8 @@ def forward_kernel(
     # need not wait for one another.
     b_y = normalised_rows(b_x, norm_weight, norm_bias, o_c, C, EPS, HAS_BIAS).to(a_desc.dtype)  # [T, BLOCK_C]
     for _ in range(tl.program_id(0) * BLOCK_T, TOKENS, stride):
-        b_next = load_rows(x, o_t + stride, o_c, TOKENS, ROWS, COLUMNS, C)
+        if PREFETCH:
+            b_next = load_rows(x, o_t + stride, o_c, TOKENS, ROWS, COLUMNS, C)
         b_update = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for start in range(0, HIDDEN, BLOCK_H):
             b_p = tl.dot(b_y, a_desc.load([start, 0]).T, input_precision=PRECISION)  # [T, BLOCK_H]
@@ -72,8 +77,10 @@ def forward_kernel(
         # Loaded once more, from cache: kept, it would take the registers of the loop.
         b_x = load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
         store_rows(out, b_x + b_update, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
-        b_y = normalised_rows(b_next, norm_weight, norm_bias, o_c, C, EPS, HAS_BIAS).to(a_desc.dtype)
         o_t += stride
+        if not PREFETCH:
+            b_next = load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
+        b_y = normalised_rows(b_next, norm_weight, norm_bias, o_c, C, EPS, HAS_BIAS).to(a_desc.dtype)
 
 
 def transition(
@@ -131,6 +138,8 @@ def transition(
             BLOCK_H=tiles.block_h,
             PRECISION=precision(compute),
             APPROXIMATE=approximate(compute),
+            # Held in registers while the tile before it is computed, which leaves no room for more.
+            PREFETCH=width * x.element_size() <= PREFETCHED_BYTES,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -140,8 +149,6 @@ def choose_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles for a padded number of channels and a dtype of the products."""
     if compute == torch.float32:
         return Tiles(32, 32, 4, 1, 2) if width <= 128 else Tiles(16, 16, 8, 1, 1)
-    if width <= 64:
-        return Tiles(128, 64, 8, 3, 1)
     if width <= 128:
         return Tiles(128, 64, 8, 3, 1)
-    return Tiles(128, 32, 8, 2, 1) if width <= 256 else Tiles(64, 32, 8, 1, 1)
+    return Tiles(128, 32, 8, 2, 1) if width <= 256 else Tiles(32, 32, 8, 1, 1)
