@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pairformer_fast.kernels.gated_output.triton_common import (
     COMPUTE,
+    SIZES,
     Tiles,
     Tokens,
     grid_of,
@@ -61,7 +62,7 @@ def load_row(x, o_x, X: tl.constexpr):
     return tl.load(x + o_x, mask=o_x < X, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gate_kernel(
     dout,
     z,
@@ -133,7 +134,7 @@ def gate_kernel(
             store_slots(dgate, b_dgated * b_gated * (1.0 - b_gate), o_slot, start + o_h, HD, BLOCK_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_kernel(
     dout,
     z,

@@ -16,6 +16,10 @@ ONE: tl.constexpr = tl.constexpr(1)
 COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+SIZES = ("B", "I", "J", "first", "tiles")
+"""Arguments whose divisibility by 16 is not worth compiling again for."""
+
+
 class Tokens(NamedTuple):
     """Pointer and strides of a tensor ``[B, I, J, X]``."""
 
@@ -69,7 +73,7 @@ def tokens(x: Tensor | None) -> Tokens:
 
 def in_order(z: Tensor, *others: Tensor | None) -> list[Any]:
     """The tensors, their dimensions I and J swapped if ``z`` is transposed: neighbours j are neighbours in memory."""
-    if z.stride(1) >= z.stride(2):
+    if z.stride(1) >= z.stride(2) and z.shape[2] > 1:
         return [z, *others]
     return [x if x is None else x.transpose(1, 2) for x in (z, *others)]
 
@@ -77,7 +81,7 @@ def in_order(z: Tensor, *others: Tensor | None) -> list[Any]:
 def grid_of(z: Tensor, attended: Tensor, tiles: Tiles) -> Grid:
     """Tiles of tensors that are ``in_order``."""
     batch, count_i, count_j, _ = z.shape
-    block_i = tiles.rows if attended.stride(1) < attended.stride(2) else 1
+    block_i = min(tiles.rows, triton.next_power_of_2(count_i)) if attended.stride(1) < attended.stride(2) else 1
     block_j = tiles.tokens // block_i
     return Grid(block_i, block_j, batch * triton.cdiv(count_i, block_i) * triton.cdiv(count_j, block_j))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pairformer_fast.kernels.gated_output.triton_common import (
     COMPUTE,
+    SIZES,
     Tiles,
     Tokens,
     grid_of,
@@ -29,7 +30,7 @@ from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     z,
     attended,

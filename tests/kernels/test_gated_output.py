@@ -355,9 +355,19 @@ def test_triton_refuses_what_its_kernels_cannot_hold():
 
 
 @pytest.mark.gpu
-def test_production_size_in_bf16():
-    for order in (("plain", "plain"), ("plain", "transposed"), ("transposed", "plain")):
-        check(Case(200, 333, 128, 128, order=order, dropout="rows", dtype=torch.bfloat16))
+@pytest.mark.parametrize("order", [("plain", "plain"), ("plain", "transposed"), ("transposed", "plain")], ids=str)
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_many_tiles_in_bf16(channels, order):
+    check(Case(200, 333, channels, channels, order=order, dropout="rows", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_many_tiles_of_fp32_under_autocast(channels):
+    inputs = make(Case(200, 333, channels, channels, dropout="columns"))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, plain = (results(inputs, backend) for backend in (Backend.TRITON, Backend.REFERENCE))
+    compare(got, plain, exact(inputs), 1e-5)
 
 
 @pytest.mark.gpu
@@ -374,7 +384,7 @@ def test_offsets_beyond_32_bits():
     norm = NormParameters(leaves["norm_weight"], leaves["norm_bias"], 1e-4)
     weights = leaves["gate_weight"], leaves["out_weight"]
     gated_output(z, attended, norm, *weights, out=z, backend=Backend.TRITON)
-    assert torch.equal(z[:, :, -40:], want)
+    torch.testing.assert_close(z[:, :, -40:], want, rtol=1.6e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
