@@ -42,15 +42,15 @@ SHARE_TOKENS = 2048
 def update_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``update_backward_kernel``."""
     if dtype == torch.float32:
-        return Tiles(32, min(32, padded(channels)), 8, 1)
-    return Tiles(64, min(64, padded(channels)), 8, 1)
+        return Tiles(32, 16, 8, 1)
+    return Tiles(64 if max(channels, hidden) <= 128 else 32, min(64, padded(channels)), 8, 1)
 
 
-def edges_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
+def edges_tiles(hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``edges_backward_kernel``."""
     if dtype == torch.float32:
-        return Tiles(32, min(32, padded(hidden)), 8, 1)
-    return Tiles(64, min(64, padded(hidden)), 4, 1)
+        return Tiles(32, 16, 8, 1)
+    return Tiles(64, min(64, padded(hidden)), 8, 1)
 
 
 def update_backward(
@@ -145,7 +145,7 @@ def edges_backward(
     """
     rows, tokens, channels = z.shape
     hidden, padded_rows, size = da.shape
-    tiles = tiles or edges_tiles(channels, hidden, da.dtype)
+    tiles = tiles or edges_tiles(hidden, da.dtype)
     count = padded_rows * size
     x, gradients = (da.new_empty(count, width) for width in (channels, 4 * hidden + channels))
     flags, norm = mask.view(torch.uint8), weights.norm_in

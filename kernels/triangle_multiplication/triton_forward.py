@@ -30,19 +30,17 @@ from pairformer_fast.kernels.triangle_multiplication.triton_common import (
 def project_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``project_kernel``."""
     if dtype == torch.float32:
-        return Tiles(32, min(32, padded(hidden)), 4, 1)
+        return Tiles(32, 16, 8, 1)
     if max(channels, hidden) <= 128:
         return Tiles(64, padded(hidden), 8, 2, 1)
-    return Tiles(128, min(64, padded(hidden)), 8, 2)
+    return Tiles(64, min(64, padded(hidden)), 8, 1)
 
 
-def output_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
+def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``output_kernel``."""
     if dtype == torch.float32:
-        return Tiles(32, min(32, padded(channels)), 4, 1)
-    if max(channels, hidden) <= 128:
-        return Tiles(64, padded(channels), 4, 2, 2)
-    return Tiles(64, min(64, padded(channels)), 4, 2)
+        return Tiles(32, 16, 8, 1)
+    return Tiles(64, min(64, padded(channels)), 8, 1)
 
 
 @triton.jit
@@ -263,7 +261,7 @@ def write_output(
     """Residual and update of rows ``z [B, R, N, C]`` into ``out``, from their product ``[B, C_hidden, >= R, P]``."""
     batch, rows, tokens, channels = z.shape
     hidden, size = product.shape[1], product.shape[-1]
-    tiles = tiles or output_tiles(channels, hidden, product.dtype)
+    tiles = tiles or output_tiles(channels, product.dtype)
     norm_in, norm_out = weights.norm_in, weights.norm_out
     count = product.shape[2] * size
     with on_device(z):
