@@ -75,7 +75,7 @@ def store_flat(x, b_x, o_t, TOKENS, C: tl.constexpr, BLOCK_C: tl.constexpr):
     tl.store(pointers, b_x.to(x.dtype.element_ty), mask=(o_t < TOKENS)[:, None] & (o_c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "ROWS", "COLUMNS", "HIDDEN"])
 def tokens_kernel(
     x,
     dout,
@@ -126,7 +126,7 @@ def tokens_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "HIDDEN", "SPAN"])
 def weights_kernel(
     y_desc,
     dy_desc,
@@ -269,7 +269,7 @@ def _weight_descriptors(
 def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles of ``tokens_kernel`` for a padded number of channels and a dtype of the products."""
     if compute == torch.float32:
-        return Tiles(32, 32, 4, 1, 2) if width <= 128 else Tiles(16, 16, 8, 1, 1)
+        return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
         return Tiles(128, 64, 8, 2, 1)
     return Tiles(64, 32, 8, 2, 1) if width <= 256 else Tiles(32, 16, 8, 1, 1)
@@ -278,7 +278,7 @@ def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:
 def choose_weight_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles of ``weights_kernel`` for a padded number of channels and a dtype of the products."""
     if compute == torch.float32:
-        return Tiles(32, 32, 4, 1, 2) if width <= 128 else Tiles(16, 16, 8, 1, 1)
+        return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
         return Tiles(64, 64, 8, 2, 1)
     return Tiles(32, 32, 8, 2, 1) if width <= 256 else Tiles(16, 16, 8, 1, 1)

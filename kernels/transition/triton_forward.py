@@ -31,7 +31,7 @@ PREFETCHED_BYTES = 256
 """Largest token that is loaded ahead."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "ROWS", "COLUMNS", "HIDDEN"])
 def forward_kernel(
     x,
     mask,
@@ -148,7 +148,7 @@ def transition(
 def choose_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles for a padded number of channels and a dtype of the products."""
     if compute == torch.float32:
-        return Tiles(32, 32, 4, 1, 2) if width <= 128 else Tiles(16, 16, 8, 1, 1)
+        return Tiles(32, 32, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
         return Tiles(128, 64, 8, 3, 1)
     return Tiles(128, 32, 8, 2, 1) if width <= 256 else Tiles(32, 32, 8, 1, 1)

@@ -137,10 +137,9 @@ def check(case: Case) -> None:
         Case((2, 3, 7), mask=False, parameters=torch.float16),
         Case((2, 5, 9), transposed=True),
         Case((1, 63), c=24, hidden=96),
-        Case((2, 33), c=384, hidden=1536, mask=False),
         Case((1, 1, 130), c=64, hidden=256),
         Case((1, 3, 21), c=128, hidden=512),
-        Case((1, 17), c=256, hidden=512),
+        Case((1, 17), c=256, hidden=512, mask=False),
         Case((1, 2, 63), dtype=NARROW, parameters=NARROW),
         Case((1, 3, 30), c=64, hidden=264, dtype=NARROW, transposed=True),
         Case((1, 3, 50), c=128, hidden=512, compute=NARROW),
@@ -155,13 +154,11 @@ def test_output_and_gradients_are_as_exact_as_plain_pytorch(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_production_sizes_on_a_gpu(c, dtype, autocast):
-    compute = torch.bfloat16 if autocast else None
-    check(Case((1, 130, 191), c=c, hidden=4 * c, dtype=dtype, compute=compute))
-    check(Case((2, 63, 130), c=c, hidden=2 * c, dtype=dtype, compute=compute, bias=False, transposed=True))
-    check(Case((1, 1000), c=c, hidden=4 * c, dtype=dtype, compute=compute, mask=False))
+def test_production_sizes_on_a_gpu(c):
+    bf16 = torch.bfloat16
+    check(Case((1, 130, 191), c=c, hidden=4 * c, dtype=bf16, parameters=bf16))
+    check(Case((2, 63, 130), c=c, hidden=4 * c, compute=bf16, transposed=True))
+    check(Case((1, 1000), c=c, hidden=2 * c, compute=bf16))
 
 
 @pytest.mark.gpu
