@@ -241,8 +241,10 @@ def backward(
     width = attended.shape[-1]
     tiles = tiles or choose_tiles(channels, width, compute)
     grid = grid_of(z, attended, tiles)
-    splits = min(SPLITS, grid.tiles)
-    chunk = min(triton.cdiv(chunk, tiles.tokens), grid.tiles)
+    # As few chunks as fit, of one size, which divides into equal splits.
+    chunks = triton.cdiv(grid.tiles * tiles.tokens, chunk)
+    chunk = triton.cdiv(grid.tiles, chunks)
+    splits = min(SPLITS, chunk)
     chunk = triton.cdiv(chunk, splits) * splits
     slots, count = chunk * tiles.tokens, programs(chunk, tiles, z.device)
     operands = [torch.empty(slots, x, dtype=compute, device=z.device) for x in (channels, channels, width, width)]

@@ -67,8 +67,8 @@ def tokens(x: Tensor | None) -> Tokens:
     """Operand of ``[B, I, J, X]``."""
     if x is None:
         return Tokens(None)
-    *strides, last = x.stride()
-    return Tokens(x, *strides, tl.constexpr(last))
+    b, i, j, last = x.stride()
+    return Tokens(x, b, i, j, tl.constexpr(last))
 
 
 def in_order(z: Tensor, *others: Tensor | None) -> list[Any]:

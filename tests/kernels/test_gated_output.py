@@ -352,6 +352,8 @@ def test_triton_refuses_what_its_kernels_cannot_hold():
     with pytest.raises(ValueError, match=f"up to {widest} channels"):
         apply(inputs.leaves, None)
     assert apply(inputs.leaves, None, Backend.AUTO).isfinite().all()
+    with pytest.raises(TypeError, match="choose backend 'reference'"):
+        apply(make(Case(1, 2, 16, 16, dtype=torch.float64)).leaves, None)
 
 
 @pytest.mark.gpu
