@@ -56,39 +56,32 @@ def backward(
     """
     ending = dtokens is not None and dtokens.transpose(1, 2).is_contiguous()
     if ending:
-        z, dtokens = z.transpose(1, 2), dtokens.transpose(1, 2)
+        z = z.transpose(1, 2)
+        dtokens = None if dtokens is None else dtokens.transpose(1, 2)
         dplanar = None if dplanar is None else dplanar.transpose(2, 3)
     batch, rows, columns, channels = z.shape
-    if dtokens is not None:
-        dtokens = dtokens.reshape(-1, dtokens.shape[-1])
-    if dplanar is not None:
-        dplanar = dplanar.reshape(batch, -1, rows * columns).mT
+    arriving = None if dtokens is None else dtokens.reshape(-1, dtokens.shape[-1])
+    planes = None if dplanar is None else dplanar.reshape(batch, -1, rows * columns).mT
     with torch.autocast(z.device.type, enabled=False):
         y = layer_norm(z, norm, dtype=compute, backend=Backend.TRITON).view(batch, -1, channels)
-        dweight, dplanar_weight = z.new_empty(0), z.new_empty(0)
-        if weight is not None:
-            dweight = _dweight(weight, [] if dtokens is None else [dtokens], [y.view(-1, channels)])
-        if planar_weight is not None:
-            dplanar_weight = _dweight(planar_weight, [] if dplanar is None else list(dplanar), list(y))
-        dy = y.zero_() if dtokens is None and dplanar is None else y
-        if dtokens is not None:
-            torch.mm(dtokens, weight.to(compute), out=dy.view(-1, channels))
-        if dplanar is not None:
-            torch.baddbmm(
-                dy,
-                dplanar,
-                planar_weight.to(compute).expand(batch, -1, -1),
-                beta=0 if dtokens is None else 1,
-                out=dy,
-            )
+        dweight = _dweight(z, weight, [] if arriving is None else [arriving], [y.view(-1, channels)])
+        dplanar_weight = _dweight(z, planar_weight, [] if planes is None else list(planes), list(y))
+        dy = y.zero_() if arriving is None and planes is None else y
+        if arriving is not None and weight is not None:
+            torch.mm(arriving, weight.to(compute), out=dy.view(-1, channels))
+        if planes is not None and planar_weight is not None:
+            of_planes = planar_weight.to(compute).expand(batch, -1, -1)
+            dy.baddbmm_(planes, of_planes, beta=0 if arriving is None else 1)
         dz, dnorm_weight, dnorm_bias = layer_norm_backward(z, norm, dy.view(z.shape), backend=Backend.TRITON)
-    dnorm_bias = z.new_empty(0) if norm.bias is None else dnorm_bias.to(norm.bias.dtype)
     dz = dz.transpose(1, 2) if ending else dz
+    dnorm_bias = z.new_empty(0) if norm.bias is None else dnorm_bias.to(norm.bias.dtype)
     return dz, dnorm_weight.to(norm.weight.dtype), dnorm_bias, dweight, dplanar_weight
 
 
-def _dweight(weight: Tensor, arriving: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """Sum of ``arriving[b].T @ inputs[b]``, ``[T, O]`` and ``[T, C]``, in fp32 until the end; zero if none arrives."""
+def _dweight(z: Tensor, weight: Tensor | None, arriving: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """Sum of ``arriving[b].T @ inputs[b]``, ``[T, O]`` and ``[T, C]``, zero if none arrives, empty without a weight."""
+    if weight is None:
+        return z.new_empty(0)
     if not arriving:
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     parts = [_summed_product(a, x) for a, x in zip(arriving, inputs, strict=True)]

@@ -26,6 +26,9 @@ from pairformer_fast.kernels.layer_norm.triton_tokens import (
     tokens,
 )
 
+RESIDENT_ENTRIES = 384 * 128
+"""Largest weight that fits into shared memory beside two tiles of tokens in fp32."""
+
 
 class Tiles(NamedTuple):
     """How the kernels cut their work.
@@ -237,8 +240,12 @@ def tile_sizes(channels: int, outputs: int) -> Tiles:
     if outputs == 0:
         return Tiles(64, 16, 4, 1, 0)
     if channels > 128:
-        return Tiles(64, 64, 4, 2, 0)
-    return Tiles(128, 64, 8, 3, 0)
+        return Tiles(64, min(64, _padded(outputs)), 4, 2, 0)
+    if _padded(channels) * outputs > RESIDENT_ENTRIES:
+        return Tiles(128, 64, 8, 3, 0)
+    if channels > 64:
+        return Tiles(128, min(128, _padded(outputs)), 8, 2, 1)
+    return Tiles(128, min(64, _padded(outputs)), 8, 2, 2)
 
 
 def _multiprocessors(x: Tensor) -> int:
