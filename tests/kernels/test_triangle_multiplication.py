@@ -18,7 +18,8 @@ from tests.kernels.cases import DEVICE, FLOOR, assert_identical, with_strides
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
-from pairformer_fast.kernels.triangle_multiplication import triton_backward
+from pairformer_fast.kernels.triangle_multiplication import triton_backward, triton_forward
+from pairformer_fast.kernels.triangle_multiplication.triton_common import Tiles
 
 MULTIPLES = {"max": 4.0, "mean": 2.5}
 """Errors allowed, in units of what plain PyTorch loses in the same dtype."""
@@ -125,6 +126,28 @@ def check(case: Case, incoming: bool) -> None:
     compare(got, plain, truth, FLOOR[compute])
 
 
+def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
+    for module, names in (
+        (triton_forward, ("project_tiles", "output_tiles")),
+        (triton_backward, ("update_tiles", "edges_tiles")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_: tiles)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tiles where the interpreter runs programs one by one."""
+    if DEVICE == "cpu":
+        set_tiles(monkeypatch, Tiles(256, 64, 4, 1, programs=1))
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """The same sums of fp32, in another order."""
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, atol=1e-5 * x.abs().max().item(), rtol=0, msg=name)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows in the backward pass, of a problem that would fit into one."""
@@ -156,9 +179,12 @@ def test_output_and_gradients_are_those_of_plain_pytorch(case, incoming, small_c
     check(case, incoming)
 
 
-@pytest.mark.parametrize("incoming", [True])
-def test_wide_channels_are_worked_on_in_parts(incoming, small_chunks):
-    check(Case(8, c=136, h=160, dtype=torch.float16), incoming)
+@pytest.mark.parametrize("case", [Case(9, c=40, h=24, dropout="rows"), Case(10, c=16, h=72)], ids=str)
+def test_small_tiles_of_tokens_and_channels_give_the_same(case, small_chunks, monkeypatch):
+    want = results(make(case), False)
+    for tiles in (Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 1, programs=1)):
+        set_tiles(monkeypatch, tiles)
+        assert_close(results(make(case), False), want)
 
 
 @DIRECTIONS
@@ -192,7 +218,7 @@ def test_any_strides_give_the_same(incoming, small_chunks):
         dropout=with_strides(problem.dropout, [3, 1, 0, 2]),
         dy=with_strides(problem.dy, [1, 3, 0, 2]),
     )
-    assert_identical(results(spread, incoming), want)
+    assert_close(results(spread, incoming), want)
 
 
 def test_broadcast_gradients_are_taken():
@@ -203,11 +229,11 @@ def test_broadcast_gradients_are_taken():
 
 
 @DIRECTIONS
-@pytest.mark.parametrize("slab_rows", [1, 8, 11, 1000])
+@pytest.mark.parametrize("slab_rows", [1, 11, 1000])
 def test_slabs_change_nothing(slab_rows, incoming):
     problem = make(Case(21, c=16, h=16, b=2, dropout="columns"))
     got, want = update(problem, incoming, slab_rows=slab_rows), update(problem, incoming)
-    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    assert_close({"output": got}, {"output": want})
 
 
 @DIRECTIONS
@@ -358,12 +384,13 @@ def test_memory_is_two_edges_and_a_slab():
     n, c = 512, 128
     problem = make(Case(n, c=c, h=c, dtype=torch.bfloat16))
     z = problem.leaves["z"]
+    update(problem, False, out=z, slab_rows=64)  # cuBLAS keeps the workspace of its first product
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     update(problem, False, out=z, slab_rows=64)
     taken = torch.cuda.max_memory_allocated() - before
-    assert taken <= (2 + 64 / n + 0.05) * z.nbytes + 2**25
+    assert taken <= (2 + 64 / n + 0.05) * z.nbytes
 
 
 @pytest.mark.parametrize(
