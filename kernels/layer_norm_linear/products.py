@@ -6,6 +6,8 @@ so long that another pass over memory does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,8 @@ def backward(
     """Gradients of z, the parameters of the norm (empty without a bias) and the weights (likewise).
 
     Beside the gradient of z it takes one tensor of the shape of z in the dtype ``compute`` at a time, and for each
-    weight up to ``MOST_CHUNKS`` partial sums in fp32. Gradients that arrive are copied only if their tokens are not in
-    one line in memory.
+    weight up to ``MOST_CHUNKS`` partial sums in fp32, twice if the tokens are not a multiple of a chunk. Gradients that
+    arrive are copied only if their tokens are not in one line in memory.
     """
     ending = dtokens is not None and dtokens.transpose(1, 2).is_contiguous()
     if ending:
@@ -84,22 +86,19 @@ def _dweight(z: Tensor, weight: Tensor | None, arriving: list[Tensor], inputs: l
         return z.new_empty(0)
     if not arriving:
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    parts = [_summed_product(a, x) for a, x in zip(arriving, inputs, strict=True)]
-    return torch.stack(parts).sum(0).to(weight.dtype)
+    sums = [part for a, x in zip(arriving, inputs, strict=True) for part in _partial_sums(a, x)]
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).sum(0).to(weight.dtype)
 
 
-def _summed_product(a: Tensor, x: Tensor) -> Tensor:
-    """``a.T @ x`` in fp32, by partial sums over tokens: the few tiles of the result would not fill a GPU."""
+def _partial_sums(a: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """``[..., O, C]`` fp32 that sum up to ``a.T @ x``: the few tiles of the product itself would not fill a GPU."""
     length = max(CHUNK, -(-len(x) // MOST_CHUNKS))
     chunks = len(x) // length
     whole = chunks * length
-    total = torch.zeros(a.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     if chunks:
-        of_chunks = _wide_product(a[:whole].unflatten(0, (chunks, length)).mT, x[:whole].unflatten(0, (chunks, length)))
-        total = of_chunks.sum(0)
+        yield _wide_product(a[:whole].unflatten(0, (chunks, length)).mT, x[:whole].unflatten(0, (chunks, length)))
     if whole < len(x):
-        total += _wide_product(a[None, whole:].mT, x[None, whole:])[0]
-    return total
+        yield _wide_product(a[None, whole:].mT, x[None, whole:])
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -242,23 +242,33 @@ def operator_arguments(problem: Problem) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(3, 5), Case(3, 5, outputs=None, bias=False), Case(3, 5, planes=None, transposed=True)], ids=str
+    "case",
+    [
+        Case(3, 5),
+        Case(3, 5, outputs=None, bias=False, order="transposed"),
+        Case(3, 5, batch=2, order="transposed slab", transposed=True),
+        Case(3, 5, planes=None, order="slab", dtype=torch.float32),
+    ],
+    ids=str,
 )
 def test_operators_pass_opcheck(case):
     problem = make(case)
     leaves = tuple(x if x is None else x.requires_grad_() for x in operator_arguments(problem))
-    torch.library.opcheck(operator.forward, (*leaves, 1e-5, case.transposed, HALF))
+    torch.library.opcheck(operator.forward, (*leaves, 1e-5, case.transposed, case.dtype))
     detached = tuple(x if x is None else x.detach() for x in leaves)
-    arriving = problem.arriving.get("tokens"), problem.arriving.get("planar")
-    torch.library.opcheck(operator.backward, (*arriving, *detached, 1e-5, HALF))
+    arriving = (problem.arriving.get(name) for name in ("tokens", "planar"))
+    arriving = [x if x is None else x.to(case.dtype) for x in arriving]
+    torch.library.opcheck(operator.backward, (*arriving, *detached, 1e-5, case.dtype))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_compiles_without_graph_breaks(autocast):
+def test_compiles_without_graph_breaks(autocast, dynamic):
     problem = make(Case(3, 5, dtype=torch.float32, autocast=autocast))
     leaves = {name: x.requires_grad_() for name, x in problem.leaves.items()}
     torch._dynamo.reset()
-    compiled = torch.compile(apply, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    engine = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(apply, fullgraph=True, dynamic=dynamic, backend=engine)
     results = []
     for function in (apply, compiled):
         with torch.autocast(DEVICE, HALF, enabled=autocast):
