@@ -109,7 +109,7 @@ class ExactBlock:
     ) -> Tensor:
         """``z`` and its ``update``, which is given a slab of rows, the slab of ``along`` beside it, and ``others``."""
         slabs = self._slabs(z)
-        beside = [(slab,) for slab in along] or [()] * len(slabs)
+        beside: list[tuple[Tensor, ...]] = [(slab,) for slab in along] or [()] * len(slabs)
         if torch.is_grad_enabled():
             parts = [rows + self._call(update, rows, *more, *others) for rows, more in zip(slabs, beside, strict=True)]
             return torch.cat(parts, 1)

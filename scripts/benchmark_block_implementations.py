@@ -39,7 +39,7 @@ class Prepared:
         with torch.autocast(z.device.type, case.compute, enabled=case.compute is not case.dtype):
             out = self.forward(s, z)
         given = {"s": s, "z": z, **dict(self.module.named_parameters())}
-        gradients = torch.autograd.grad((out["s"], out["z"]), list(given.values()), (self.problem.ds, self.problem.dz))
+        gradients = torch.autograd.grad((out["s"], out["z"]), list(given.values()), self.problem.upstream)
         return out | {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
 
     def biases(self) -> dict[str, Any] | None:

@@ -74,6 +74,7 @@ def random_weights(config: PairformerConfig) -> dict[str, Tensor]:
 class Problem:
     """Inputs of a case: s ``[1, N, C_s]``, z ``[1, N, N, C_z]``, and gradients of what comes out if they are wanted.
 
+    ``upstream`` are the gradients of the updated s and z, empty for a forward.
     z is of low rank in its two tokens but for some noise. How long our block takes in its default mode depends on that:
     the ranks it finds here are about those in the bundled model (``data/benchmarks/fold.json``). All tokens are kept.
     """
@@ -84,7 +85,8 @@ class Problem:
         n, config = case.n, case.config
         self._pristine = self._normal(1, n, config.c_s).to(case.dtype), self._pairs()
         self.s, self.z = (x.clone().requires_grad_(case.backward) for x in self._pristine)
-        self.ds, self.dz = (self._normal(*x.shape).to(case.dtype) if case.backward else None for x in self._pristine)
+        given = self._pristine if case.backward else ()
+        self.upstream = tuple(self._normal(*x.shape).to(case.dtype) for x in given)
         self.weights = {name: value.to(device, case.dtype) for name, value in random_weights(config).items()}
         self.mask = torch.ones(1, n, dtype=torch.bool, device=device)
         self.pair_mask = torch.ones(1, n, n, dtype=torch.bool, device=device)
@@ -111,7 +113,7 @@ class Problem:
         ``parameters`` is that of all parameters' gradients in one vector, ``worst parameter`` the largest of any.
         """
         bases = dict(zip("sz", self._pristine, strict=True))
-        compared = [name for name in ("s", "z", "update", "ds", "dz") if name in self.expected]
+        compared: list[str] = [name for name in ("s", "z", "update", "ds", "dz") if name in self.expected]
         found = {name: error(result[name], self.expected[name], bases.get(name)) for name in compared}
         parameters = {name: value for name, value in self.expected.items() if name not in compared}
         if parameters:
@@ -125,7 +127,12 @@ class Problem:
 
     @cached_property
     def expected(self) -> Result:
-        """Exact results."""
+        """Exact results; what their computation held is given back, for implementations that ask for free memory."""
+        found = self._compute()
+        torch.cuda.empty_cache()
+        return found
+
+    def _compute(self) -> Result:
         case, exact = self.case, self.exact
         s, z = (x.to(exact, copy=True).requires_grad_(case.backward) for x in self._pristine)
         weights = {name: value.to(exact).requires_grad_(case.backward) for name, value in self.weights.items()}
@@ -142,9 +149,8 @@ class Problem:
         found = {"s": out_s.detach(), "z": out_z.detach()}
         if case.backward:
             given = {"s": s, "z": z, **weights}
-            gradients = torch.autograd.grad(
-                (out_s, out_z), list(given.values()), (self.ds.to(exact), self.dz.to(exact))
-            )
+            upstream = tuple(x.to(exact) for x in self.upstream)
+            gradients = torch.autograd.grad((out_s, out_z), list(given.values()), upstream)
             found |= {f"d{name}": gradient for name, gradient in zip(given, gradients, strict=True)}
         return found
 

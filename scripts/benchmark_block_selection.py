@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from benchmark_block_implementations import IMPLEMENTATIONS, Implementation
 from benchmark_block_problem import Case
-from benchmark_selection import Selection, split
+from benchmark_selection import matches, split
 
 
 def cases() -> Iterator[Case]:
@@ -25,8 +25,12 @@ def cases() -> Iterator[Case]:
 
 
 @dataclass(frozen=True)
-class BlockSelection(Selection):
+class BlockSelection:
     """Part of the cases and implementations; empty means all."""
+
+    sections: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    patterns: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, only: str, sizes: str, impl: str) -> BlockSelection:
@@ -57,4 +61,4 @@ class BlockSelection(Selection):
         """Those chosen for a case."""
         chosen = [one for one in IMPLEMENTATIONS if one.op == case.op and case.direction in one.directions]
         chosen = [one for one in chosen if case.n <= one.largest_n and (case.peers or one.ours)]
-        return [one for one in chosen if self.takes(one)]
+        return [one for one in chosen if matches(self.patterns, one.name)]

@@ -87,11 +87,17 @@ class Selection:
 
     def takes(self, implementation: Implementation) -> bool:
         """Whether a pattern names the implementation and none excludes it."""
-        wanted = [pattern for pattern in self.patterns if not pattern.startswith("!")]
-        unwanted = [pattern[1:] for pattern in self.patterns if pattern.startswith("!")]
-        named = not wanted or any(fnmatch(implementation.name, pattern) for pattern in wanted)
-        return named and not any(fnmatch(implementation.name, pattern) for pattern in unwanted)
+        return matches(self.patterns, implementation.name)
+
+
+def matches(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether a pattern, or there being none, names ``name`` and none with a leading ``!`` does."""
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    named = not wanted or any(fnmatch(name, pattern) for pattern in wanted)
+    return named and not any(fnmatch(name, pattern) for pattern in unwanted)
 
 
 def split(option: str) -> tuple[str, ...]:
+    """Parts of a comma-separated option."""
     return tuple(part.strip() for part in option.split(",") if part.strip())
