@@ -4,7 +4,12 @@ On a CPU the kernels run in Triton's interpreter (``conftest.py``), whose produc
 for all narrow dtypes.
 """
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,9 @@ PARAMETERS = ("norm_weight", "norm_bias", "a_weight", "b_weight", "out_weight")
 
 MULTIPLES = {"max": 5.0, "mean": 2.5}
 """Errors allowed, in units of what plain PyTorch loses in the same dtypes."""
+
+SHARED_BYTES = 227 * 1024
+"""What one block may take on sm_90."""
 
 SLACK = {torch.float32: 3e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Error allowed beside that, relative to the results, by dtype of the products."""
@@ -279,6 +287,21 @@ def test_activation_checkpointing_changes_nothing():
         for out in (checkpoint(call, inputs, use_reentrant=False), call(inputs))
     )
     assert all(map(torch.equal, got, want))
+
+
+def test_production_kernels_compile_for_sm_90(tmp_path):
+    script = Path(__file__).with_name("compile_transition.py")
+    # The interpreter that the other tests use leaves no compiler; a cache of its own, so that it compiles.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == {"forward_kernel", "tokens_kernel", "weights_kernel"}
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_BYTES, kernel
+        assert kernel["wgmma"], f"no tensor core products: {kernel}"
+        assert kernel["copies"], f"no bulk copies: {kernel}"
+        assert not kernel["overwritten"], f"miscompiled: {kernel}"
 
 
 @pytest.mark.gpu
