@@ -1,13 +1,14 @@
 """Backward pass: edges and product are made again, then Triton between products by cuBLAS, a chunk of rows at a time.
 
-With ``P`` the padded tokens (``triton_forward.py``) it holds at most five tensors of ``P x P x C`` (or ``C_hidden``) in
-the dtype of the products: both edges, their product, the gradient of the gate, and 1/8 of an edge and of what a chunk
-needs; and then the gradient of z.
+With ``P`` the padded tokens (``triton_forward.py``), and C_hidden no more than C, it holds at most 4.5 tensors of
+``P x P x C`` in the dtype of the products at N = 640 and above: both edges, their product, the gradient of the gate,
+1/8 of an edge, and what a chunk needs. Once the edges are done with, the gradient of z takes their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -28,6 +29,9 @@ from pairformer_fast.kernels.triangle_multiplication.triton_common import (
     precision,
 )
 from pairformer_fast.kernels.triangle_multiplication.triton_forward import multiply, project
+
+STACKED = ("a", "a_gate", "b", "b_gate", "gate")
+"""Weights of the projections of the normalised z, in the order in which their gradients lie side by side."""
 
 CHUNKS = 8
 """Parts of the rows, and of the channels, that are worked on one after the other."""
@@ -226,69 +230,71 @@ def backward(
     compute: torch.dtype,
 ) -> dict[str, Tensor]:
     """Gradients by the names of ``operator.DIFFERENTIABLE``: that of z in its dtype, the others in fp32."""
-    with torch.autocast(z.device.type, enabled=False):
-        return _backward(dy, z, mask, weights, dropout, incoming, compute)
-
-
-def _backward(
-    dy: Tensor,
-    z: Tensor,
-    mask: Tensor,
-    weights: TriangleWeights,
-    dropout: Tensor | None,
-    incoming: bool,
-    compute: torch.dtype,
-) -> dict[str, Tensor]:
     batch, tokens, _, channels = z.shape
     hidden, size = weights.a.shape[0], aligned(tokens)
-    edges = [weights.a, weights.a_gate, weights.b, weights.b_gate, weights.gate]
-    stacked = torch.cat([x.to(compute) for x in edges])
-    sizes = [hidden] * 4 + [channels]
-    cast = TriangleWeights(
-        weights.norm_in, weights.norm_out, *stacked.split(sizes), weights.out.to(compute).contiguous()
-    )
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    dropout = None if dropout is None else dropout.expand(z.shape)
-
-    step = triton.cdiv(batch * hidden, CHUNKS)
-    room = torch.empty(batch * hidden + step, size, size, dtype=compute, device=z.device)
     shape = batch, hidden, size, size
-    a, b = room[step:].view(shape), torch.empty(shape, dtype=compute, device=z.device)
-    project(z, mask, cast, a, b)
-    product = multiply(a, b, incoming, 0, size)
-    # Holds the gradient of the gate first, and then, chunk by chunk, that of the normalised z.
-    dx = torch.empty(batch, size, size, channels, dtype=compute, device=z.device)
+    stacked = torch.cat([getattr(weights, name).to(compute) for name in STACKED])
+    sizes = [hidden] * 4 + [channels]
+    matrices = dict(zip(STACKED, stacked.split(sizes), strict=True)) | {"out": weights.out.to(compute).contiguous()}
+    cast = replace(weights, **matrices)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    scale = None if dropout is None else dropout.expand(z.shape)
+
+    with torch.autocast(z.device.type, enabled=False):
+        room = z.new_empty(batch * hidden + triton.cdiv(batch * hidden, CHUNKS), size, size, dtype=compute)
+        a, b = room[-batch * hidden :].view(shape), z.new_empty(shape, dtype=compute)
+        project(z, mask, cast, a, b)
+        product = multiply(a, b, incoming, 0, size)
+        # Holds the gradient of the gate first, and then, chunk by chunk, that of the normalised z.
+        dx = z.new_empty(batch, size, size, channels, dtype=compute)
+        dout, dnorm_out = _through_update(dy, z, product, cast, scale, dx)
+        edge_gradients(product.view(-1, size, size), room, b.view(-1, size, size), incoming)
+        del product
+        dstacked = _through_edges(z, mask, cast, stacked, room[: batch * hidden].view(shape), b, dx)
+        del room, a, b
+        dx = dx[:, :tokens, :tokens]
+        dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx, dy, backend=Backend.TRITON)
+    gradients = {"z": dz, "out": dout}
+    gradients |= {name: x.clone() for name, x in zip(STACKED, dstacked.split(sizes), strict=True)}
+    for name, pair in (("norm_in", dnorm_in), ("norm_out", dnorm_out)):
+        gradients |= {f"{name}_weight": pair[0].clone(), f"{name}_bias": pair[1].clone()}
+    return gradients
+
+
+def _through_update(
+    dy: Tensor, z: Tensor, product: Tensor, weights: TriangleWeights, dropout: Tensor | None, dgate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``out`` and of both parameters of ``norm_out``; the rest as :func:`update_backward`."""
+    channels, hidden = weights.out.shape
     dout = torch.zeros(channels, hidden, dtype=torch.float32, device=z.device)
     dnorm_out = torch.zeros(2, hidden, dtype=torch.float32, device=z.device)
-    chunks = list(_chunks(batch, tokens, size))
-    for i, rows, padded_rows in chunks:
+    for i, rows, padded_rows in _chunks(z, product):
         scale = None if dropout is None else dropout[i, rows]
         dupdate, normalised, dnorm = update_backward(
-            dy[i, rows], z[i, rows], product[i, :, padded_rows], cast, scale, dx[i, padded_rows]
+            dy[i, rows], z[i, rows], product[i, :, padded_rows], weights, scale, dgate[i, padded_rows]
         )
         dout += weight_gradient(dupdate, normalised)
         dnorm_out += dnorm
-    edge_gradients(product.view(-1, size, size), room, b.view(-1, size, size), incoming)
-    del product
+    return dout, dnorm_out
 
-    da = room[: batch * hidden].view(shape)
+
+def _through_edges(
+    z: Tensor, mask: Tensor, weights: TriangleWeights, stacked: Tensor, da: Tensor, db: Tensor, dx: Tensor
+) -> Tensor:
+    """Gradient of the ``stacked`` weights; ``dx`` is that of the gate and becomes that of the normalised z."""
     dstacked = torch.zeros(stacked.shape, dtype=torch.float32, device=z.device)
-    for i, rows, padded_rows in chunks:
-        x, gradients = edges_backward(
-            z[i, rows], mask[i, rows], cast, da[i, :, padded_rows], b[i, :, padded_rows], dx[i, padded_rows]
-        )
+    for i, rows, padded_rows in _chunks(z, da):
+        planes = da[i, :, padded_rows], db[i, :, padded_rows]
+        x, gradients = edges_backward(z[i, rows], mask[i, rows], weights, *planes, dx[i, padded_rows])
         dstacked += weight_gradient(gradients, x)
-        torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, channels))
-    dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx[:, :tokens, :tokens], dy, backend=Backend.TRITON)
-    results = {"z": dz, "out": dout}
-    results |= zip(("a", "a_gate", "b", "b_gate", "gate"), torch.split_with_sizes_copy(dstacked, sizes), strict=True)
-    results |= zip(("norm_in_weight", "norm_in_bias"), dnorm_in, strict=True)
-    return results | dict(zip(("norm_out_weight", "norm_out_bias"), torch.unbind_copy(dnorm_out), strict=True))
+        torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, z.shape[-1]))
+    return dstacked
 
 
-def _chunks(batch: int, tokens: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+def _chunks(z: Tensor, planes: Tensor) -> Iterator[tuple[int, slice, slice]]:
     """Batch entry, rows of z, and rows of planes of each chunk."""
+    tokens, size = z.shape[1], planes.shape[-1]
     step = min(size, aligned(max(triton.cdiv(size, CHUNKS), CHUNK_TOKENS // size)))
-    for i in range(batch):
+    for i in range(z.shape[0]):
         for start in range(0, size, step):
             yield i, slice(start, min(tokens, start + step)), slice(start, min(size, start + step))
