@@ -25,8 +25,8 @@ from pairformer_fast.kernels.layer_norm.triton_tokens import (
 BLOCK_ENTRIES = 2048
 """Tokens of a tile times channels: 16 entries a thread of each operand and of both sums."""
 
-PROGRAMS = 1056
-"""Most programs, and so most terms of the sum over their shares: eight for each multiprocessor of an H100."""
+PROGRAMS = 528
+"""Most programs, and so most terms of the sum over their shares: four for each multiprocessor of an H100, which run at once."""
 
 
 @triton.jit
