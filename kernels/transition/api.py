@@ -33,8 +33,8 @@ def transition(
 
     Differentiable in ``x`` and all parameters. Products run in the dtype of autocast where it is on, else in that of
     ``x``, and are summed in fp32. The hidden layer is never in memory with Triton, in neither direction: the backward
-    pass computes it again and needs three tensors ``[tokens, C]`` of the dtype of the products and up to 33 copies of
-    the weights in fp32 for a while.
+    pass computes it again. For a while it needs three tensors ``[tokens, C]`` in the dtype of the products, and sums of
+    the gradients of the weights over 264 / (hidden / 64) parts of the tokens in fp32.
 
     Parameters
     ----------
