@@ -26,7 +26,7 @@ BLOCK_ENTRIES = 2048
 """Tokens of a tile times channels: 16 entries a thread of each operand and of both sums."""
 
 PROGRAMS = 528
-"""Most programs, and so most terms of the sum over their shares: four for each multiprocessor of an H100, which run at once."""
+"""Most programs, and so most terms of the sum over their shares: four for each multiprocessor of an H100, at once."""
 
 
 @triton.jit
