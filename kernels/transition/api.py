@@ -98,7 +98,7 @@ def _takes_triton(backend: Backend, x: Tensor, out: Tensor | None, a_weight: Ten
             f"backend 'triton' takes channels in multiples of {VECTOR}, but a_weight is {list(a_weight.shape)}; choose "
             "backend 'reference'"
         )
-    if takes and odd_out:
+    if takes and out is not None and odd_out:
         raise ValueError(f"backend 'triton' needs out with contiguous channels, but got strides {out.stride()}")
     return takes
 
