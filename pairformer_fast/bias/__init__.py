@@ -1,6 +1,6 @@
 """Pair bias to factors: decompositions, closed forms, certificate, policy, and the attention that uses them."""
 
-from pairformer_fast.bias.attention import BiasReport, PairBiasAttention, collect_reports, set_attention
+from pairformer_fast.bias.attention import BiasReport, Configured, PairBiasAttention, collect_reports, set_attention
 from pairformer_fast.bias.certificate import Certificate, certify
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.landmark import BiasLines, Landmarks, SampledFactors, factorize_lines
@@ -16,6 +16,7 @@ __all__ = [
     "Factorization",
     "Landmarks",
     "MissingFactorNetworksError",
+    "Configured",
     "PairBiasAttention",
     "SampledFactors",
     "certify",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.policy import Factorization, factorize
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
 from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
@@ -53,20 +54,31 @@ class BiasReport:
         return cls("factors", backend.value, *(tuple(value.amax(0).tolist()) for value in per_head))
 
 
-class PairBiasAttention(nn.Module):
-    """Attention with a pair bias: parameter-free, the one door between a model and the kernels.
+class Configured(nn.Module):
+    """A part of a model that computes as an :class:`~pairformer_fast.config.AttentionConfig` says.
 
     Attributes
     ----------
     config : AttentionConfig
-        How to compute; plain PyTorch with the dense bias unless set otherwise.
-    report : list of BiasReport
-        One entry per call in evaluation mode, until :meth:`reset`.
+        How to compute; plain PyTorch with the dense bias unless :func:`set_attention` set it otherwise.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.config = AttentionConfig.reference()
+
+
+class PairBiasAttention(Configured):
+    """Attention with a pair bias: parameter-free, the one door between a model and the kernels.
+
+    Attributes
+    ----------
+    report : list of BiasReport
+        One entry per decision about a bias in evaluation mode, until :meth:`reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self.report: list[BiasReport] = []
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -91,9 +103,16 @@ class PairBiasAttention(nn.Module):
         RuntimeError
             If a gradient of the bias is wanted from a decomposition, which is not differentiated.
         """
+        return self.attend(q, k, v, self.decide(q, k, bias, mask), mask)
+
+    def decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor | BiasFactors:
+        """What attention is to take as its bias; arguments as in :meth:`forward`, of all rows I or of a sample."""
         self._check_gradient(bias)
-        kept = self._decide(q, k, bias, mask).for_attention
-        return flash_bias_attention(q, k, v, kept, mask, self.config.backend)
+        return self._decide(q, k, bias, mask).for_attention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | BiasFactors, mask: Tensor | None) -> Tensor:
+        """Attend, in all rows I or in some, with what :meth:`decide` gave."""
+        return flash_bias_attention(q, k, v, decided, mask, self.config.backend)
 
     def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
         """What becomes of the bias, reported in evaluation mode."""
@@ -116,16 +135,18 @@ class PairBiasAttention(nn.Module):
 
 
 def set_attention(model: nn.Module, config: AttentionConfig) -> None:
-    """Set ``config`` on every :class:`PairBiasAttention` of ``model`` and clear its reports.
+    """Set ``config`` on every part of ``model`` that is :class:`Configured`, and clear the reports.
 
     Raises
     ------
     ValueError
         If the model has none.
     """
-    for module in _attentions(model).values():
-        module.config = config
-        module.reset()
+    for attention in _attentions(model).values():
+        attention.reset()
+    for module in model.modules():
+        if isinstance(module, Configured):
+            module.config = config
 
 
 def collect_reports(model: nn.Module) -> list[dict[str, Any]]:

@@ -22,13 +22,22 @@ from pairformer_fast.bias.methods import (
     probed_error,
 )
 from pairformer_fast.bias.probe import Probe, ProbedError
-from pairformer_fast.config import AttentionConfig, BiasMethod
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
+from pairformer_fast.kernels.flash_bias import chosen_backend
 
 LARGEST_RANK_SHARE = 0.5
 """``auto`` keeps the dense bias if a head needs a rank above this share of N.
 
 Factors of rank R lengthen every dot product from D to D + R and are 2 N R numbers where the table is N^2: from
 R = N / 2 on they are no smaller than the bias they replace.
+"""
+
+
+DECOMPOSED_ON = (Backend.REFERENCE, Backend.TORCH)
+"""Backends on which ``auto`` decomposes a bias at all.
+
+On an H100 the Triton kernels take 1.90 ms with a dense bias at N = 1024 and 1.80 ms with factors of rank 32
+(``data/benchmarks/attention.json``): no decomposition of a bias that is used once is done within the difference.
 """
 
 
@@ -56,6 +65,13 @@ class Factorization:
         return self.bias if self.factors is None else self.factors
 
 
+def keeps_dense(config: AttentionConfig, q: Tensor) -> bool:
+    """Whether the bias of attention with queries like ``q`` stays dense whatever it is."""
+    if config.bias is BiasMethod.AUTO:
+        return chosen_backend(config.backend, q) not in DECOMPOSED_ON
+    return config.bias is BiasMethod.DENSE
+
+
 @torch.no_grad()
 def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask: Tensor | None) -> Factorization:
     """Do with a pair bias as ``config`` asks; :func:`pairformer_fast.bias.methods.factorize` makes the factors only.
@@ -63,7 +79,7 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
     ``svd``, ``randomised``, ``structured`` and ``landmark`` take ``config.rank`` (at most N), or the least rank of
     :data:`~pairformer_fast.bias.methods.RANK_LADDER` per head whose error is within ``config.tolerance``, the full rank
     at the end. ``auto`` does so by ``svd`` but keeps the dense bias if some head misses the tolerance at every rank up
-    to :data:`LARGEST_RANK_SHARE` of N. The error is the probed mean total variation, or the certificate's bound if
+    to :data:`LARGEST_RANK_SHARE` of N, and where the backend is none of :data:`DECOMPOSED_ON`. The error is the probed mean total variation, or the certificate's bound if
     ``config.certified``.
 
     Parameters
@@ -84,7 +100,7 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
     ValueError
         If the bias is NaN or infinite where both tokens are kept.
     """
-    if config.bias is BiasMethod.DENSE:
+    if keeps_dense(config, q):
         return Factorization(bias)
     method = BiasMethod.SVD if config.bias is BiasMethod.AUTO else checked_method(config.bias)
     check_finite(bias, mask)

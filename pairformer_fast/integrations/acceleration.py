@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -73,13 +73,13 @@ class Plan:
         Attention.
     skipped : sequence of Skipped
         What looks like it.
-    around : sequence of NewClass
-        Modules that call attention and change with it.
+    around : mapping of str to NewClass
+        Modules that hold attention and change with it, by their paths.
     """
 
     targets: Sequence[Target]
     skipped: Sequence[Skipped]
-    around: Sequence[NewClass] = ()
+    around: Mapping[str, NewClass] = field(default_factory=dict)
 
 
 def sort_out(
@@ -128,15 +128,18 @@ class Acceleration:
     ----------
     swapped : tuple of str
         Paths of the accelerated attention modules within the model.
+    around : tuple of str
+        Paths of modules that hold some of them and run here as a whole, such as the pair blocks of OpenFold3.
     skipped : tuple of Skipped
         What looks like attention and still runs the host's code.
     """
 
     def __init__(self, plan: Plan, config: AttentionConfig) -> None:
         self.swapped = tuple(target.path for target in plan.targets)
+        self.around = tuple(plan.around)
         self.skipped = tuple(plan.skipped)
         self._cores: dict[str, PairBiasAttention] = {}
-        changes = [change for target in plan.targets for change in target.classes] + list(plan.around)
+        changes = [change for target in plan.targets for change in target.classes] + list(plan.around.values())
         self._undo = [NewClass(module, type(module)) for module, _ in changes]
         self._holders = [target.holder for target in plan.targets]
         for target in plan.targets:

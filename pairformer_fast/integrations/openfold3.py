@@ -1,10 +1,10 @@
-"""OpenFold3 0.5: triangle attention, attention with pair bias, and that of the diffusion transformer.
+"""OpenFold3 0.5: pair blocks, triangle attention, attention with pair bias, and that of the diffusion transformer.
 
-Layer norms, projections, the pair bias, the gate and the output stay OpenFold3's own code, and with it the orientation
-of the bias around the ending node: b[i, k] in OpenFold3 0.5 (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as
-in AlphaFold 2. Nothing here transposes it. Only what lies between q, k, v and the gate is replaced. Triangle
-multiplication and transitions are not touched. While the sampler of the diffusion module runs, each bias is factorised
-once: it is the same in all steps and samples.
+A pair block (of the trunk, the MSA and the confidence stack) runs this package's operations with OpenFold3's weights:
+triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only what lies between q, k,
+v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node has OpenFold3's
+orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the sampler of the
+diffusion module runs, each bias is factorised once: it is the same in all steps and samples.
 
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
@@ -17,13 +17,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from openfold3.core.model.latent.base_blocks import PairBlock
 from openfold3.core.model.layers.attention_pair_bias import (
     AttentionPairBias,
     CrossAttentionPairBias,
     DiffusionAttentionPairBias,
 )
 from openfold3.core.model.layers.msa import MSAAttention, MSAPairWeightedAveraging
+from openfold3.core.model.layers.transition import SwiGLUTransition
 from openfold3.core.model.layers.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
+from openfold3.core.model.layers.triangular_multiplicative_update import (
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+)
+from openfold3.core.model.primitives import LayerNorm
 from openfold3.core.model.primitives.attention import Attention, GlobalAttention
 from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
@@ -31,6 +38,11 @@ from torch import Tensor, nn
 from pairformer_fast.bias import BiasFactors, PairBiasAttention
 from pairformer_fast.bias.policy import Factorization
 from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
+from pairformer_fast.model.attention import TriangleUpdate
+from pairformer_fast.model.primitives import SharedDropout, transform
+from pairformer_fast.model.triangle_multiplication import multiply_triangles
 
 
 class FastAttention(Attention):
@@ -76,6 +88,40 @@ class FastTriangleAttentionEndingNode(FastTriangleAttention, TriangleAttentionEn
     """The same for the class that transposes by itself."""
 
 
+class FastAttentionPairBias(AttentionPairBias):
+    """Attention whose pair bias is normalised, projected and laid out in one pass over the pair representation."""
+
+    def _prep_bias(self, a: Tensor, z: Tensor, mask: Tensor | None) -> list[Tensor]:
+        mask = a.new_ones(a.shape[:-1]) if mask is None else mask.expand(a.shape[:-1])
+        norm, backend = NormParameters.of(self.layer_norm_z), self.mha.core.config.backend
+        _, bias = layer_norm_linear(z.reshape(-1, *z.shape[-3:]), norm, None, self.linear_z.weight, backend=backend)
+        return [(self.inf * (mask - 1))[..., None, None, :], bias.view(*z.shape[:-3], *bias.shape[-3:])]
+
+
+class FastPairBlock(PairBlock):
+    """The updates of the pair representation by the operations of :mod:`pairformer_fast.kernels`."""
+
+    def forward(
+        self, z: Tensor, pair_mask: Tensor, *_: Any, inplace_safe: bool = False, _mask_trans: bool = True, **_flags: Any
+    ) -> Tensor:
+        """Updated ``z [*, N, N, C_z]`` under ``pair_mask [*, N, N]``; flags for chunks and kernels have no effect."""
+        shape = z.shape
+        z, keep = z.reshape(-1, *shape[-3:]), (pair_mask != 0).expand(shape[:-1]).reshape(-1, *shape[-3:-1])
+        backend = self.tri_att_start.mha.core.config.backend
+        first = z if inplace_safe and not torch.is_grad_enabled() else None
+
+        def dropout(shared_dim: int) -> Tensor | None:
+            return SharedDropout(self.ps_dropout_row_layer.r, shared_dim).train(self.training)(z)
+
+        z = multiply_triangles(self.tri_mul_out, z, keep, dropout(-3), incoming=False, out=first, backend=backend)
+        out = None if torch.is_grad_enabled() else z
+        z = multiply_triangles(self.tri_mul_in, z, keep, dropout(-3), incoming=True, out=out, backend=backend)
+        z = TriangleUpdate(self.tri_att_start, False, backend)(z, keep, dropout(-3), out)
+        z = TriangleUpdate(self.tri_att_end, True, backend)(z, keep, dropout(-2), out)
+        z = transform(self.pair_transition, z, keep if _mask_trans else None, out=out, backend=backend)
+        return z.view(shape)
+
+
 class HoldingPairBiasAttention(PairBiasAttention):
     """A core that decides about its bias once, for as long as :class:`FastSampleDiffusion` samples.
 
@@ -118,7 +164,7 @@ class FastSampleDiffusion(SampleDiffusion):
 _NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     TriangleAttention: FastTriangleAttention,
     TriangleAttentionEndingNode: FastTriangleAttentionEndingNode,
-    AttentionPairBias: AttentionPairBias,
+    AttentionPairBias: FastAttentionPairBias,
     DiffusionAttentionPairBias: DiffusionAttentionPairBias,
 }
 """By exact class: a subclass may compute something else. Where the class stays, that of ``mha`` is all that changes."""
@@ -140,9 +186,34 @@ def plan(model: nn.Module) -> Plan:
         If there is nothing to swap.
     """
     targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
-    samplers = [module for module in model.modules() if type(module) is SampleDiffusion]
-    around = [NewClass(module, FastSampleDiffusion) for module in samplers if "forward" not in vars(module)]
+    swapped = {target.path for target in targets}
+    around = {}
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) is SampleDiffusion:
+            around[path] = NewClass(module, FastSampleDiffusion)
+        elif type(module) is PairBlock and _whole(module, path, swapped):
+            around[path] = NewClass(module, FastPairBlock)
     return Plan(targets, skipped, around)
+
+
+def _whole(block: PairBlock, path: str, swapped: set[str]) -> bool:
+    """Whether all parts of a pair block are what :class:`FastPairBlock` computes, its attention swapped."""
+    parts = {
+        "tri_mul_out": TriangleMultiplicationOutgoing,
+        "tri_mul_in": TriangleMultiplicationIncoming,
+        "tri_att_start": TriangleAttention,
+        "tri_att_end": TriangleAttention,
+        "pair_transition": SwiGLUTransition,
+    }
+    found = {name: block.get_submodule(name) for name in parts}
+    if any(type(found[name]) is not cls or "forward" in vars(found[name]) for name, cls in parts.items()):
+        return False
+    attention = {f"{path}.{name}".removeprefix(".") for name in ("tri_att_start", "tri_att_end")}
+    offsets = (layer.bias for layer in block.modules() if isinstance(layer, nn.Linear))
+    scales = (layer.weight for layer in block.modules() if isinstance(layer, LayerNorm))
+    return attention <= swapped and all(x is None for x in offsets) and all(x is not None for x in scales)
 
 
 def _target(path: str, module: nn.Module) -> Target:

@@ -1,15 +1,27 @@
-"""Multi-head attention with a pair bias: projections, gate and output around one attention core."""
+"""Triangle attention and attention with pair bias: projections, gate and output around one attention core."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.bias import Configured, PairBiasAttention
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.gated_output import gated_output
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.primitives import linear
+from pairformer_fast.model.slabs import rows_at_a_time
+
+SAMPLED_ROWS = 32
+"""Rows that stand for all where the bias is decided about before the rows are projected slab by slab."""
 
 
 class GatedAttention(nn.Module):
-    """Projections to q, k, v and gate, attention with a pair bias, gated output (the ``mha`` of OpenFold3).
+    """Weights of multi-head attention with a gate, and its core (the ``mha`` of OpenFold3).
 
     Parameters
     ----------
@@ -34,38 +46,24 @@ class GatedAttention(nn.Module):
         self.linear_g = linear(c, hidden, init="gating")
         self.core = PairBiasAttention()
 
-    def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-        """Attend along the second-last axis.
 
-        Parameters
-        ----------
-        x : Tensor
-            ``[B, I, N, C]`` (triangle attention: every row attends with the same bias) or ``[B, N, C]``.
-        bias : Tensor
-            ``[B, H, N, N]`` pair bias, any strides.
-        mask : Tensor
-            ``[B, I, N]`` or ``[B, N]`` bool, True for keys to keep.
-
-        Returns
-        -------
-        Tensor
-            Shape of ``x``.
-        """
-        heads = (*x.shape[:-1], self.no_heads, -1)
-        q = self.linear_q(x).view(heads)
-        k = self.linear_k(x).view(heads)
-        v = self.linear_v(x).view(heads)
-        out = self.core(q, k, v, bias, mask).to(v.dtype)
-        gate = self.linear_g(x).sigmoid()
-        return self.linear_o(out.flatten(-2) * gate)
+def projections(mha: nn.Module) -> Tensor:
+    """Weights of queries, keys and values of an attention of ours or of OpenFold3, ``[3 H D, C]``."""
+    return torch.cat([mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight])
 
 
-class TriangleAttention(nn.Module):
+def heads(mha: nn.Module, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views ``[..., H, D]`` of q, k and v in ``[..., 3 H D]``."""
+    q, k, v = projected.unflatten(-1, (3, mha.no_heads, -1)).unbind(-3)
+    return q, k, v
+
+
+class TriangleAttention(Configured):
     """Triangle attention around the starting node (AF3 Algorithm 14) or the ending node (Algorithm 15).
 
-    The ending node transposes the pair representation, attends along its columns, and keeps the orientation of
-    the bias as OpenFold3 0.5 and AlphaFold 3 do: query j and key k of column i see the bias b[j, k] of the pair
-    representation as it was before the transposition.
+    Around the ending node attention runs along the columns of the pair representation, a transposed view, and the bias
+    keeps its orientation as in OpenFold3 0.5 and AlphaFold 3: query j and key k of column i see the bias b[j, k] of the
+    pair representation as it is.
 
     Parameters
     ----------
@@ -86,29 +84,95 @@ class TriangleAttention(nn.Module):
         self.linear_z = linear(c_z, no_heads)
         self.mha = GatedAttention(c_z, c_hidden, no_heads)
 
-    def forward(self, z: Tensor, pair_mask: Tensor) -> Tensor:
-        """Update of the pair representation.
+    def forward(
+        self, z: Tensor, pair_mask: Tensor, dropout: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Add the update to the pair representation.
 
         Parameters
         ----------
         z : Tensor
-            ``[B, N, N, C_z]`` pair representation.
+            ``[B, N, N, C_z]``.
         pair_mask : Tensor
-            ``[B, N, N]`` bool.
+            ``[B, N, N]`` bool, True for keys to keep.
+        dropout : Tensor, optional
+            Broadcastable to z, multiplies the update.
+        out : Tensor, optional
+            Where to write, such as z itself; without gradients only.
 
         Returns
         -------
         Tensor
-            ``[B, N, N, C_z]``.
+            ``[B, N, N, C_z]``, or ``out``.
         """
-        z = self.layer_norm(z)
-        bias = self.linear_z(z).permute(0, 3, 1, 2)
-        if not self.ending:
-            return self.mha(z, bias, pair_mask)
-        return self.mha(z.transpose(1, 2), bias, pair_mask.transpose(1, 2)).transpose(1, 2)
+        return TriangleUpdate(self, self.ending, self.config.backend)(z, pair_mask, dropout, out)
 
 
-class AttentionPairBias(nn.Module):
+@dataclass(frozen=True)
+class TriangleUpdate:
+    """What :meth:`TriangleAttention.forward` does, with the weights of a module of ours or of OpenFold3.
+
+    Attributes
+    ----------
+    module : nn.Module
+        Has ``layer_norm``, ``linear_z`` and ``mha`` with linear layers q, k, v, g, o, ``no_heads`` and a ``core``.
+    ending : bool
+        Attend around the ending node.
+    backend : Backend
+    """
+
+    module: nn.Module
+    ending: bool
+    backend: Backend
+
+    def __call__(self, z: Tensor, pair_mask: Tensor, dropout: Tensor | None, out: Tensor | None) -> Tensor:
+        weight, bias_weight = projections(self.module.mha), self.module.linear_z.weight
+        core = self.module.mha.core
+        slab = rows_at_a_time(z, len(weight) + len(weight) // 3)
+        if slab is None:
+            projected, bias = self._project(z, weight, bias_weight)
+            attended = core(*self._heads(projected), bias, self._turned(pair_mask))
+            return self._finish(z, attended, dropout, out)
+        _, bias = self._project(z, None, bias_weight)
+        rows = z.shape[2 if self.ending else 1]
+        sample = slice(None, None, -(-rows // SAMPLED_ROWS))
+        q, k, _ = self._heads(self._project(self._rows(z, sample), weight, None)[0])
+        decided = core.decide(q, k, bias, self._turned(self._rows(pair_mask, sample)))
+        out = torch.empty_like(z) if out is None else out
+        for start in range(0, rows, slab):
+            part = slice(start, start + slab)
+            some, keep = self._rows(z, part), self._turned(self._rows(pair_mask, part))
+            attended = core.attend(*self._heads(self._project(some, weight, None)[0]), decided, keep)
+            scale = None if dropout is None else self._rows(dropout.expand(z.shape), part)
+            self._finish(some, attended, scale, self._rows(out, part))
+        return out
+
+    def _rows(self, x: Tensor, part: slice) -> Tensor:
+        """Rows of attention in ``part``: columns of the pair representation around the ending node."""
+        return x[:, :, part] if self.ending else x[:, part]
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Attention's rows first, from the pair representation's layout, and back."""
+        return x.transpose(1, 2) if self.ending else x
+
+    def _project(self, z: Tensor, weight: Tensor | None, bias_weight: Tensor | None) -> tuple[Any, Any]:
+        """q, k and v in one tensor, laid out for attention, and the pair bias; None where there is no weight."""
+        norm = NormParameters.of(self.module.layer_norm)
+        return layer_norm_linear(z, norm, weight, bias_weight, transposed=self.ending, backend=self.backend)
+
+    def _heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, attention's rows first."""
+        return heads(self.module.mha, self._turned(projected))
+
+    def _finish(self, z: Tensor, attended: Tensor, dropout: Tensor | None, out: Tensor | None) -> Tensor:
+        """Gate, output and residual."""
+        mha, norm = self.module.mha, NormParameters.of(self.module.layer_norm)
+        gate, last = mha.linear_g.weight, mha.linear_o.weight
+        attended = self._turned(attended.flatten(-2))
+        return gated_output(z, attended, norm, gate, last, dropout, out=out, backend=self.backend)
+
+
+class AttentionPairBias(Configured):
     """Attention of the single representation with a bias from the pair representation (AF3 Algorithm 24).
 
     Parameters
@@ -129,6 +193,15 @@ class AttentionPairBias(nn.Module):
         self.mha = GatedAttention(c_s, c_hidden, no_heads, query_offset=True)
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-        """Update of ``s [B, N, C_s]`` from ``z [B, N, N, C_z]`` under the bool ``mask [B, N]``."""
-        bias = self.linear_z(self.layer_norm_z(z)).permute(0, 3, 1, 2)
-        return self.mha(self.layer_norm_a(s), bias, mask)
+        """Add the update to ``s [B, N, C_s]``, from ``z [B, N, N, C_z]`` under the bool ``mask [B, N]``."""
+        backend, norm = self.config.backend, NormParameters.of(self.layer_norm_a)
+        _, bias = layer_norm_linear(
+            z, NormParameters.of(self.layer_norm_z), None, self.linear_z.weight, backend=backend
+        )
+        row = s.unsqueeze(1)
+        projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=backend)
+        q, k, v = heads(self.mha, projected.squeeze(1))
+        q = q + self.mha.linear_q.bias.view(q.shape[-2:]).to(q.dtype)
+        attended = self.mha.core(q, k, v, bias, mask).flatten(-2).unsqueeze(1)
+        gate, last = self.mha.linear_g.weight, self.mha.linear_o.weight
+        return gated_output(row, attended, norm, gate, last, backend=backend).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pairformer_fast.config import PairformerConfig
@@ -31,13 +32,17 @@ class PairBlock(nn.Module):
         self.row_dropout = SharedDropout(config.pair_dropout, -3)
         self.column_dropout = SharedDropout(config.pair_dropout, -2)
 
-    def forward(self, z: Tensor, pair_mask: Tensor) -> Tensor:
-        """Update ``z [B, N, N, C_z]`` under the bool ``pair_mask [B, N, N]``."""
-        z = z + self.row_dropout(self.tri_mul_out(z, pair_mask))
-        z = z + self.row_dropout(self.tri_mul_in(z, pair_mask))
-        z = z + self.row_dropout(self.tri_att_start(z, pair_mask))
-        z = z + self.column_dropout(self.tri_att_end(z, pair_mask))
-        return z + self.pair_transition(z, pair_mask)
+    def forward(self, z: Tensor, pair_mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Updated ``z [B, N, N, C_z]`` under the bool ``pair_mask [B, N, N]``.
+
+        Without gradients the steps after the first work in place on the result, which is ``out`` if given (such as z).
+        """
+        z = self.tri_mul_out(z, pair_mask, self.row_dropout(z), out=out)
+        out = None if torch.is_grad_enabled() else z
+        z = self.tri_mul_in(z, pair_mask, self.row_dropout(z), out=out)
+        z = self.tri_att_start(z, pair_mask, self.row_dropout(z), out=out)
+        z = self.tri_att_end(z, pair_mask, self.column_dropout(z), out=out)
+        return self.pair_transition(z, pair_mask, out=out)
 
 
 class PairformerBlock(nn.Module):
@@ -57,7 +62,9 @@ class PairformerBlock(nn.Module):
         )
         self.single_transition = Transition(config.c_s, config.transition_n)
 
-    def forward(self, s: Tensor, z: Tensor, mask: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, s: Tensor, z: Tensor, mask: Tensor, pair_mask: Tensor, *, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Update both representations.
 
         Parameters
@@ -70,15 +77,17 @@ class PairformerBlock(nn.Module):
             ``[B, N]`` bool, True for a token to keep.
         pair_mask : Tensor
             ``[B, N, N]`` bool.
+        out : Tensor, optional
+            Where the pair representation goes, such as z itself; without gradients only.
 
         Returns
         -------
         tuple of Tensor
             Updated ``s`` and ``z``.
         """
-        z = self.pair_stack(z, pair_mask)
-        s = s + self.attn_pair_bias(s, z, mask)
-        return s + self.single_transition(s, mask), z
+        z = self.pair_stack(z, pair_mask, out=out)
+        s = self.attn_pair_bias(s, z, mask)
+        return self.single_transition(s, mask), z
 
 
 class PairformerStack(nn.Module):
@@ -95,7 +104,9 @@ class PairformerStack(nn.Module):
         self.blocks = nn.ModuleList(PairformerBlock(config) for _ in range(config.no_blocks))
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Run all blocks; shapes as in :class:`PairformerBlock`."""
+        """Run all blocks; shapes as in :class:`PairformerBlock`. Without gradients they share one result."""
+        out = None
         for block in self.blocks:
-            s, z = block(s, z, mask, pair_mask)
+            s, z = block(s, z, mask, pair_mask, out=out)
+            out = None if torch.is_grad_enabled() else z
         return s, z

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pairformer_fast.bias import Configured
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.transition import transition
+
 
 def linear(c_in: int, c_out: int, *, bias: bool = False, init: str = "default") -> nn.Linear:
     """Linear layer with one of AlphaFold's initialisations.
@@ -61,29 +66,25 @@ class SharedDropout(nn.Module):
         self.rate = rate
         self.shared_dim = shared_dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero and rescale ``x [..., N, N, C]`` in training, identity otherwise."""
+    def forward(self, z: Tensor) -> Tensor | None:
+        """What to multiply an update of ``z [..., N, N, C]`` with, broadcastable to it; None but in training."""
         if not self.training or self.rate == 0:
-            return x
-        shape = list(x.shape)
+            return None
+        shape = list(z.shape)
         shape[self.shared_dim] = 1
-        return x * nn.functional.dropout(x.new_ones(shape), self.rate)
+        return nn.functional.dropout(z.new_ones(shape), self.rate)
 
 
 class SwiGLU(nn.Module):
-    """swish(linear_a(x)) * linear_b(x)."""
+    """Weights of swish(linear_a(x)) * linear_b(x)."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.linear_a = linear(c_in, c_out, init="relu")
         self.linear_b = linear(c_in, c_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., c_in]`` to ``[..., c_out]``."""
-        return nn.functional.silu(self.linear_a(x)) * self.linear_b(x)
 
-
-class Transition(nn.Module):
+class Transition(Configured):
     """Layer norm, SwiGLU, projection (AF3 Algorithm 11).
 
     Parameters
@@ -100,6 +101,15 @@ class Transition(nn.Module):
         self.swiglu = SwiGLU(c, n * c)
         self.linear_out = linear(n * c, c, init="final")
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Update of ``x [..., C]``; zero where the bool ``mask [...]`` is False."""
-        return self.linear_out(self.swiglu(self.layer_norm(x))) * mask[..., None]
+    def forward(self, x: Tensor, mask: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Add the update to ``x [..., C]``; it is zero where the bool ``mask [...]`` is False.
+
+        ``out``, such as x itself, is written to if given; without gradients only.
+        """
+        return transform(self, x, mask, out=out, backend=self.config.backend)
+
+
+def transform(module: nn.Module, x: Tensor, mask: Tensor | None, *, out: Tensor | None, backend: Backend) -> Tensor:
+    """What :meth:`Transition.forward` does, with the weights of a module of ours or of OpenFold3."""
+    a, b, last = module.swiglu.linear_a.weight, module.swiglu.linear_b.weight, module.linear_out.weight
+    return transition(x, NormParameters.of(module.layer_norm), a, b, last, mask, out=out, backend=backend)

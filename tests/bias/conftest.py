@@ -14,14 +14,19 @@ VARIABLE_DOMAIN = (
 @pytest.fixture(scope="session")
 def trained_biases() -> list[torch.Tensor]:
     """Biases ``[1, 4, N, N]`` of the bundled model's triangle attentions for a domain, in the order of their making."""
+    from pairformer_fast.bias import PairBiasAttention
     from pairformer_fast.features import TokenFeatures
-    from pairformer_fast.model.attention import TriangleAttention
     from pairformer_fast.model.checkpoint import default_checkpoint, load_checkpoint
 
     model, found = load_checkpoint(default_checkpoint()).eval(), []
-    for module in model.modules():
-        if isinstance(module, TriangleAttention):
-            module.mha.register_forward_pre_hook(lambda _, inputs: found.append(inputs[1]))
-    with torch.no_grad():
+    decide = PairBiasAttention.decide
+
+    def keep(core, q, k, bias, mask):
+        if q.ndim == 5:
+            found.append(bias)
+        return decide(core, q, k, bias, mask)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(PairBiasAttention, "decide", keep)
         model(TokenFeatures.from_chains([VARIABLE_DOMAIN]), 0)
     return found

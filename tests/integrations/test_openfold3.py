@@ -17,6 +17,7 @@ from openfold3.core.model.latent.pairformer import PairFormerBlock, PairFormerSt
 from openfold3.core.model.layers.attention_pair_bias import CrossAttentionPairBias
 from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer
 from openfold3.core.model.layers.msa import MSAPairWeightedAveraging, MSARowAttentionWithPairBias
+from openfold3.core.model.layers.transition import ReLUTransition
 from openfold3.core.model.layers.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
 from openfold3.core.model.primitives import Attention
 from openfold3.core.model.structure.diffusion_module import SampleDiffusion
@@ -407,7 +408,8 @@ def test_other_attention_is_reported_and_left_alone():
     assert "instance" in reasons["patched"]
     assert acceleration.skipped[0].cls == "openfold3.core.model.layers.attention_pair_bias.CrossAttentionPairBias"
     changed = {path for path, module in model.named_modules() if classes.get(path) is not type(module)}
-    assert changed == {f"{path}{end}" for path in acceleration.swapped for end in ("", ".mha", ".mha.core")}
+    assert acceleration.around == ("pair",)
+    assert changed == {"pair", *(f"{path}{end}" for path in acceleration.swapped for end in ("", ".mha", ".mha.core"))}
 
     again = [s.path for s in accelerate(nn.ModuleList([model, block()]), DENSE).skipped if "already" in s.reason]
     assert again == [f"0.{path}" for path in acceleration.swapped]
@@ -424,6 +426,42 @@ def test_other_attention_is_reported_and_left_alone():
 def test_nothing_to_accelerate_is_an_error(make, message):
     with pytest.raises(ValueError, match=message):
         accelerate(make())
+
+
+def relu(model: PairBlock) -> None:
+    model.pair_transition = ReLUTransition(C_Z, 2)
+
+
+def patched(model: PairBlock) -> None:
+    model.tri_mul_in.forward = model.tri_mul_in.forward
+
+
+def with_offset(model: PairBlock) -> None:
+    model.tri_mul_out.linear_g = nn.Linear(C_Z, C_Z)
+
+
+@pytest.mark.parametrize("change", [relu, patched, with_offset])
+def test_a_pair_block_with_unknown_parts_keeps_its_own_code_around_attention(change):
+    model, batch = with_random_weights(PairBlock(**PAIR)), inputs(17)
+    change(model)
+    keep = batch["pair_mask"] > 0
+    with torch.no_grad():
+        expected = model(batch["z"].clone(), batch["pair_mask"])[keep]
+        with accelerate(model, DENSE) as acceleration:
+            assert acceleration.around == ()
+            assert acceleration.swapped == ("tri_att_start", "tri_att_end")
+            assert distance(model(batch["z"].clone(), batch["pair_mask"])[keep], expected) < 1e-5
+
+
+def test_in_place_work_is_done_where_the_host_allows_it():
+    model, batch = with_random_weights(PairBlock(**PAIR)), inputs(17)
+    with torch.no_grad(), accelerate(model, DENSE):
+        z = batch["z"].clone()
+        expected = model(z, batch["pair_mask"])
+        assert torch.equal(z, batch["z"])
+        found = model(z, batch["pair_mask"], inplace_safe=True)
+    assert found.data_ptr() == z.data_ptr()
+    assert torch.equal(found, expected)
 
 
 def sampling(samples: int = 2) -> tuple[nn.Module, dict]:
