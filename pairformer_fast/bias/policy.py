@@ -79,7 +79,8 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
     ``svd``, ``randomised``, ``structured`` and ``landmark`` take ``config.rank`` (at most N), or the least rank of
     :data:`~pairformer_fast.bias.methods.RANK_LADDER` per head whose error is within ``config.tolerance``, the full rank
     at the end. ``auto`` does so by ``svd`` but keeps the dense bias if some head misses the tolerance at every rank up
-    to :data:`LARGEST_RANK_SHARE` of N, and where the backend is none of :data:`DECOMPOSED_ON`. The error is the probed mean total variation, or the certificate's bound if
+    to :data:`LARGEST_RANK_SHARE` of N, and where the backend is none of :data:`DECOMPOSED_ON`. The
+    error is the probed mean total variation, or the certificate's bound if
     ``config.certified``.
 
     Parameters

@@ -3,8 +3,8 @@
 A pair block (of the trunk, the MSA and the confidence stack) runs this package's operations with OpenFold3's weights:
 triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only what lies between q, k,
 v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node has OpenFold3's
-orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the sampler of the
-diffusion module runs, each bias is factorised once: it is the same in all steps and samples.
+orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the sampler of
+the diffusion module runs, each bias is factorised once: it is the same in all steps and samples.
 
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work

@@ -26,14 +26,14 @@ class _Captured:
 class GraphedPairformer:
     """Runs a block or stack by CUDA graphs, one for each number of tokens rounded up to a multiple of ``bucket``.
 
-    Masked tokens are added to fill a bucket. Parameters are read where they lie: weights may be loaded into them, but not
-    replaced or moved. A graph is captured at the first call of its size, and holds its memory until the end.
+    Masked tokens are added to fill a bucket. Parameters are read where they lie: weights may be loaded into them, but
+    not replaced or moved. A graph is captured at the first call of its size, and holds its memory until the end.
 
     Parameters
     ----------
     module : nn.Module
-        :class:`~pairformer_fast.model.pairformer.PairformerBlock` or ``PairformerStack`` on a CUDA device, in ``eval()``
-        mode.
+        :class:`~pairformer_fast.model.pairformer.PairformerBlock` or ``PairformerStack`` on a CUDA device, in
+        ``eval()`` mode.
     bucket : int
         Sizes that share a graph differ by less than this.
     largest : int
