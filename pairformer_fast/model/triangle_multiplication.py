@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from pairformer_fast.bias import Configured
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.triangle_multiplication import TriangleWeights, triangle_multiplication
 from pairformer_fast.model.primitives import linear
 from pairformer_fast.model.slabs import rows_at_a_time
@@ -73,16 +72,7 @@ def multiply_triangles(
     backend: Backend,
 ) -> Tensor:
     """What :meth:`TriangleMultiplication.forward` does, with the weights of a module of ours or of OpenFold3."""
-    weights = TriangleWeights(
-        norm_in=NormParameters.of(module.layer_norm_in),
-        norm_out=NormParameters.of(module.layer_norm_out),
-        a=module.linear_a_p.weight,
-        a_gate=module.linear_a_g.weight,
-        b=module.linear_b_p.weight,
-        b_gate=module.linear_b_g.weight,
-        gate=module.linear_g.weight,
-        out=module.linear_z.weight,
-    )
+    weights = TriangleWeights.of(module)
     slab = rows_at_a_time(z, weights.out.shape[1])
     return triangle_multiplication(
         z, pair_mask, weights, dropout, incoming=incoming, out=out, slab_rows=slab, backend=backend

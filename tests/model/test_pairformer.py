@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from pairformer_fast.bias import collect_reports, set_attention
 from pairformer_fast.config import AttentionConfig, Backend, PairformerConfig
@@ -11,6 +12,12 @@ from pairformer_fast.kernels.flash_bias.api import HAS_TRITON
 from pairformer_fast.model import slabs
 from pairformer_fast.model.pairformer import PairformerBlock, PairformerStack
 from tests.kernels.cases import DEVICE
+
+SIZES = (17, 33, 130) if torch.cuda.is_available() else (5,)
+"""Triton's interpreter is slow."""
+
+# A constant added to all logits of a query: softmax ignores it, so this gradient is zero but for rounding.
+NO_GRADIENT = "attn_pair_bias.layer_norm_z.bias"
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
@@ -106,7 +113,7 @@ def test_a_stack_leaves_its_input_and_equals_its_blocks():
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens", [1, 17, 33])
+@pytest.mark.parametrize("tokens", [1, *SIZES])
 def test_kernels_give_the_gradients_of_the_reference(block, tokens):
     s, z, mask, pair_mask = inputs(tokens)
     results = {}
@@ -119,15 +126,15 @@ def test_kernels_give_the_gradients_of_the_reference(block, tokens):
     set_attention(block, AttentionConfig.reference())
     names = ["s", "z", "ds", "dz", *(name for name, _ in block.named_parameters())]
     for name, want, got in zip(names, results[Backend.REFERENCE], results[Backend.TRITON], strict=True):
-        if tokens == 1 and want.abs().max() < 1e-5:
-            assert got.abs().max() < 1e-5, name
-            continue
-        assert relative(got, want) < 5e-5, name
+        if name == NO_GRADIENT or want.abs().max() < 1e-5:
+            assert got.abs().max() < 1e-4, name
+        else:
+            assert relative(got, want) < 5e-5, name
 
 
 @needs_triton
 def test_auto_keeps_the_dense_bias_where_kernels_for_it_run(block):
-    s, z, mask, pair_mask = inputs(33)
+    s, z, mask, pair_mask = inputs(SIZES[0])
     with torch.no_grad():
         set_attention(block, AttentionConfig(backend=Backend.TRITON))
         block(s, z, mask, pair_mask)
@@ -150,3 +157,33 @@ def test_dropout_is_replayed_and_keeps_the_mean():
     assert torch.equal(once, again.detach())
     again.sum().backward()
     assert relative(once, plain) > 0.01
+
+
+def test_gradients_under_distributed_data_parallel(block, tmp_path):
+    s, z, mask, pair_mask = inputs(9)
+    leaves = list(block.parameters())
+    expected = torch.autograd.grad(sum(x.sin().sum() for x in block(s, z, mask, pair_mask)), leaves)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        sum(x.sin().sum() for x in DistributedDataParallel(block)(s, z, mask, pair_mask)).backward()
+        found = [parameter.grad for parameter in leaves]
+    finally:
+        torch.distributed.destroy_process_group()
+        block.zero_grad()
+    for want, got in zip(expected, found, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, pytest.param(Backend.TRITON, marks=needs_triton)])
+def test_one_graph_of_torch_compile(block, backend):
+    s, z, mask, pair_mask = inputs(SIZES[0])
+    set_attention(block, AttentionConfig(backend=backend, bias="dense"))
+    expected = block(s, z, mask, pair_mask)
+    found = torch.compile(block, fullgraph=True, backend="aot_eager")(s, z, mask, pair_mask)
+    gradient, want = (
+        torch.autograd.grad(x[1].sin().sum(), block.pair_stack.tri_mul_out.linear_z.weight)[0]
+        for x in (found, expected)
+    )
+    set_attention(block, AttentionConfig.reference())
+    assert relative(found[1].detach(), expected[1].detach()) < 1e-5
+    assert relative(gradient, want) < 1e-4
