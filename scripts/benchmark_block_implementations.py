@@ -87,10 +87,11 @@ def _dense() -> AttentionConfig:
     return AttentionConfig(backend=BACKEND, bias=BiasMethod.DENSE)
 
 
-def _ours(config: Callable[[], AttentionConfig]) -> Callable[[Problem], Prepared]:
+def _ours(config: Callable[[], AttentionConfig], *, in_place: bool = False) -> Callable[[Problem], Prepared]:
     def prepare(problem: Problem) -> Prepared:
         block = _our_block(problem, config())
-        return Prepared(problem, block, lambda s, z: _named(block(s, z, problem.mask, problem.pair_mask)))
+        masks = problem.mask, problem.pair_mask
+        return Prepared(problem, block, lambda s, z: _named(block(s, z, *masks, out=z if in_place else None)))
 
     return prepare
 
@@ -126,9 +127,11 @@ def _named(updated: tuple[Tensor, Tensor]) -> Result:
 
 
 def _our_operation(name: str) -> Callable[[Problem], Prepared]:
+    """Ours adds the residual, which the peers leave to the block."""
+
     def prepare(problem: Problem) -> Prepared:
         module = _our_block(problem, _dense()).get_submodule(name)
-        return Prepared(problem, module, lambda _, z: {"update": module(z, problem.pair_mask)})
+        return Prepared(problem, module, lambda _, z: {"z": module(z, problem.pair_mask)})
 
     return prepare
 
@@ -165,7 +168,8 @@ WITH_CUEQUIVARIANCE = ("openfold3", "cuequivariance-torch")
 FORWARD = ("fwd",)
 IMPLEMENTATIONS = (
     Implementation("pairformer_fast dense", _ours(_dense)),
-    Implementation("pairformer_fast auto", _ours(AttentionConfig), directions=FORWARD),
+    Implementation("pairformer_fast dense, in place", _ours(_dense, in_place=True), directions=FORWARD),
+    Implementation("pairformer_fast auto", _ours(AttentionConfig)),
     Implementation("OpenFold3 cuEquivariance", _openfold3(**{CUEQUIVARIANCE: True}), distributions=WITH_CUEQUIVARIANCE),
     Implementation(
         "OpenFold3 cuEquivariance, in place",

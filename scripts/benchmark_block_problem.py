@@ -26,7 +26,7 @@ LEAST_NORM = 0.01
 """Least norm, as a part of the median over the parameters, that errors of a parameter's gradient are divided by."""
 
 Result = dict[str, Tensor]
-"""Updated ``s`` and ``z`` (of an operation alone: ``update``), and gradients: ``d`` and the name of what of."""
+"""Updated ``s`` and ``z`` (of a peer's operation alone: ``update``), and gradients: ``d`` and the name of what of."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,13 @@ class Problem:
         ``parameters`` is that of all parameters' gradients in one vector, ``worst parameter`` the largest of any.
         """
         bases = dict(zip("sz", self._pristine, strict=True))
-        compared: list[str] = [name for name in ("s", "z", "update", "ds", "dz") if name in self.expected]
+        compared: list[str] = [
+            name for name in ("s", "z", "update", "ds", "dz") if name in self.expected.keys() & result
+        ]
         found = {name: error(result[name], self.expected[name], bases.get(name)) for name in compared}
-        parameters = {name: value for name, value in self.expected.items() if name not in compared}
+        parameters = {
+            name: value for name, value in self.expected.items() if name.startswith("d") and name not in compared
+        }
         if parameters:
             norms = torch.stack([want.norm() for want in parameters.values()])
             differences = torch.stack(
@@ -139,12 +143,11 @@ class Problem:
         block = ExactBlock(case.config, weights)
         with torch.set_grad_enabled(case.backward):
             if case.op == "triangle_multiplication":
-                return {
-                    "update": block.triangle_multiplication(z, TRIANGLE_MULTIPLICATION, incoming=False)
-                    - self._pristine[1]
-                }
+                out = block.triangle_multiplication(z, TRIANGLE_MULTIPLICATION, incoming=False)
+                return {"z": out, "update": out - self._pristine[1]}
             if case.op == "transition":
-                return {"update": block.transition(z, TRANSITION) - self._pristine[1]}
+                out = block.transition(z, TRANSITION)
+                return {"z": out, "update": out - self._pristine[1]}
             out_s, out_z = block.block(s, z)
         found = {"s": out_s.detach(), "z": out_z.detach()}
         if case.backward:
