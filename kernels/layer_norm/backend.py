@@ -33,7 +33,8 @@ def takes_triton(backend: Backend, x: Tensor, channels: int) -> bool:
     TypeError, ValueError
         If ``backend`` is ``triton`` and the kernels do not take the dtype, width or strides of ``x``.
     """
-    backend = Backend(backend)
+    if not isinstance(backend, Backend):
+        backend = Backend(backend)
     if backend is Backend.AUTO:
         fits = x.dtype in TRITON_DTYPES and x.shape[-1] <= channels and x.stride(-1) == 1
         return HAS_TRITON and x.is_cuda and fits

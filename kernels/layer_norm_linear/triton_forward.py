@@ -238,13 +238,13 @@ def forward(
 def tile_sizes(channels: int, outputs: int) -> Tiles:
     """Tiles for ``C`` channels of z and ``O`` of ``tokens``, 0 for planes alone."""
     if outputs == 0:
-        return Tiles(64, 16, 4, 1, 0)
+        return Tiles(64, 16, 4, 3, 4) if channels <= 128 else Tiles(64, 16, 4, 1, 0)
     if channels > 128:
         return Tiles(64, min(64, _padded(outputs)), 4, 2, 0)
     if _padded(channels) * outputs > RESIDENT_ENTRIES:
         return Tiles(128, 64, 8, 3, 0)
     if channels > 64:
-        return Tiles(128, min(128, _padded(outputs)), 8, 2, 1)
+        return Tiles(64, min(128, _padded(outputs)), 8, 3, 1)
     return Tiles(128, min(64, _padded(outputs)), 8, 2, 2)
 
 

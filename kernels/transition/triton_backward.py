@@ -271,7 +271,7 @@ def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:
     if compute == torch.float32:
         return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
-        return Tiles(128, 64, 8, 2, 1)
+        return Tiles(64, 32, 4, 3, 2)
     return Tiles(128, 32, 8, 1, 1) if width <= 256 else Tiles(32, 16, 8, 2, 1)
 
 
@@ -280,5 +280,5 @@ def choose_weight_tiles(width: int, compute: torch.dtype) -> Tiles:
     if compute == torch.float32:
         return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
-        return Tiles(64, 64, 8, 2, 1)
+        return Tiles(32, 128, 8, 3, 1)
     return Tiles(32, 32, 8, 2, 1) if width <= 256 else Tiles(16, 16, 8, 1, 1)

@@ -150,5 +150,5 @@ def choose_tiles(width: int, compute: torch.dtype) -> Tiles:
     if compute == torch.float32:
         return Tiles(32, 32, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
-        return Tiles(128, 64, 8, 3, 1)
+        return Tiles(64, 64, 4, 2, 2)
     return Tiles(128, 32, 8, 2, 1) if width <= 256 else Tiles(16, 32, 8, 2, 1)

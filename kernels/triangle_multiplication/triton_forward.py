@@ -31,8 +31,6 @@ def project_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``project_kernel``."""
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
-    if max(channels, hidden) <= 128:
-        return Tiles(64, padded(hidden), 8, 2, 1)
     return Tiles(64, min(64, padded(hidden)), 8, 1)
 
 
@@ -40,6 +38,8 @@ def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``output_kernel``."""
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
+    if channels <= 128:
+        return Tiles(64, min(64, padded(channels)), 4, 2)
     return Tiles(64, min(64, padded(channels)), 8, 1)
 
 

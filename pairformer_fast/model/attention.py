@@ -108,7 +108,7 @@ class TriangleAttention(Configured):
         return TriangleUpdate(self, self.ending, self.config.backend)(z, pair_mask, dropout, out)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TriangleUpdate:
     """What :meth:`TriangleAttention.forward` does, with the weights of a module of ours or of OpenFold3.
 

@@ -254,7 +254,9 @@ def operator_arguments(problem: Problem) -> tuple:
 def test_operators_pass_opcheck(case):
     problem = make(case)
     leaves = tuple(x if x is None else x.requires_grad_() for x in operator_arguments(problem))
-    torch.library.opcheck(operator.forward, (*leaves, 1e-5, case.transposed, case.dtype))
+    # Gradients that arrive spread out and in one line take other products of cuBLAS, which round otherwise.
+    bounds = {"atol": 0.05, "rtol": 0.05} if case.dtype == torch.bfloat16 else {}
+    torch.library.opcheck(operator.forward, (*leaves, 1e-5, case.transposed, case.dtype), **bounds)
     detached = tuple(x if x is None else x.detach() for x in leaves)
     arriving = (problem.arriving.get(name) for name in ("tokens", "planar"))
     arriving = [x if x is None else x.to(case.dtype) for x in arriving]
