@@ -102,6 +102,23 @@ def block(
     _finish(output, failed)
 
 
+@app.command()
+def drift(
+    tokens: Annotated[int, typer.Option(help="Number of tokens.", min=1)] = 256,
+    blocks: Annotated[int, typer.Option(help="Number of blocks.", min=1)] = 48,
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "drift.json",
+) -> None:
+    """Error of bf16 after every block of a stack, with our kernels and with plain PyTorch, against fp32."""
+    from benchmark_drift import drift_rows
+
+    rows = drift_rows(tokens, blocks, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit)
+    write_rows(output, rows)
+    for row in rows[-2:]:
+        print(f"{row['impl']}: after {row['block']} blocks s {row['error_s']:.1e}, z {row['error_z']:.1e}")
+    print(f"wrote {output}")
+
+
 def _need_gpu(suite: str) -> None:
     if not torch.cuda.is_available():
         typer.echo(f"error: the {suite} suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)

@@ -52,12 +52,12 @@ class Case:
         return 2 * self.n**2 * self.config.c_z
 
 
-def random_weights(config: PairformerConfig) -> dict[str, Tensor]:
+def random_weights(config: PairformerConfig, seed: int = 1) -> dict[str, Tensor]:
     """fp32 weights of a block by name: no projection is zero, as some are at initialisation, and no offset.
 
     The projections to pair biases are scaled so that a bias has a standard deviation of about 2.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in PairformerBlock(config).state_dict().items()}
     weights = {}

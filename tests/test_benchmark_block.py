@@ -170,6 +170,7 @@ def test_targets_against_rows(script) -> None:
     common = {"section": "forward", "op": "pairformer_block", "n": 1024, "timing": "graph"}
     rows = [
         common | {"impl": "pairformer_fast auto", "ms_median": 11.0, "peak_multiple": 5.5},
+        common | {"impl": "pairformer_fast dense, in place", "ms_median": 11.0, "peak_multiple": 5.1},
         common | {"impl": "pairformer_fast dense", "error": "wrong result"},
         common | {"impl": "OpenFold3 cuEquivariance", "ms_median": 36.0, "peak_multiple": 18.0},
         common | {"impl": "OpenFold3 cuEquivariance, in place", "ms_median": 34.0, "peak_multiple": 12.0},
@@ -250,3 +251,11 @@ def test_without_a_gpu(repository: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "the block suite measures kernels: it needs a CUDA GPU" in result.stderr
     assert not output.exists()
+
+
+def test_drift_grows_block_by_block(script) -> None:
+    rows = script("benchmark_drift").drift_rows(5, 2, torch.device("cpu"), "abc")
+    assert [(row["impl"], row["block"]) for row in rows] == [
+        (name, block) for block in (1, 2) for name in ("pairformer_fast dense", "plain PyTorch")
+    ]
+    assert all(1e-4 < row["rel_error"] < 0.05 for row in rows)

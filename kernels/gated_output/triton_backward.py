@@ -29,7 +29,7 @@ from pairformer_fast.kernels.gated_output.triton_common import (
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows, unit_rows
 
-CHUNK = 131_072
+CHUNK = 262_144
 """Tokens whose operands of the weight gradients are held at a time."""
 
 SPLITS = 64

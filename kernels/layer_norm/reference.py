@@ -10,6 +10,9 @@ from pairformer_fast.kernels.layer_norm.parameters import NormParameters
 
 def layer_norm(x: Tensor, norm: NormParameters, dtype: torch.dtype) -> Tensor:
     """Normalised ``x [..., C]``, rounded to ``dtype`` at the end; differentiable."""
+    if {x.dtype, norm.weight.dtype, (norm.weight if norm.bias is None else norm.bias).dtype} == {dtype}:
+        # PyTorch's own kernel sums in fp32 too.
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps).to(dtype)
     wide = _wide(x.dtype)
     bias = None if norm.bias is None else norm.bias.to(wide)
     return torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), bias, norm.eps).to(dtype)

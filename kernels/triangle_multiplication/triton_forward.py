@@ -31,7 +31,7 @@ def project_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``project_kernel``."""
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
-    return Tiles(64, min(64, padded(hidden)), 8, 1)
+    return Tiles(64, min(64, padded(hidden)), 4 if max(channels, hidden) <= 128 else 8, 1)
 
 
 def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
@@ -39,7 +39,7 @@ def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
     if channels <= 128:
-        return Tiles(64, min(64, padded(channels)), 4, 2)
+        return Tiles(64, 32, 4, 1)
     return Tiles(64, min(64, padded(channels)), 8, 1)
 
 

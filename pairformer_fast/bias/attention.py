@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pairformer_fast.bias.factors import BiasFactors
-from pairformer_fast.bias.policy import Factorization, factorize
+from pairformer_fast.bias.policy import Factorization, factorize, keeps_dense
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
 from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
 
@@ -107,7 +107,7 @@ class PairBiasAttention(Configured):
 
     def decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor | BiasFactors:
         """What attention is to take as its bias; arguments as in :meth:`forward`, of all rows I or of a sample."""
-        self._check_gradient(bias)
+        self._check_gradient(q, bias)
         return self._decide(q, k, bias, mask).for_attention
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | BiasFactors, mask: Tensor | None) -> Tensor:
@@ -125,8 +125,8 @@ class PairBiasAttention(Configured):
         """Forget the reports."""
         self.report.clear()
 
-    def _check_gradient(self, bias: Tensor) -> None:
-        passes = self.config.bias in (BiasMethod.DENSE, BiasMethod.LEARNED)
+    def _check_gradient(self, q: Tensor, bias: Tensor) -> None:
+        passes = self.config.bias is BiasMethod.LEARNED or keeps_dense(self.config, q)
         if not passes and torch.is_grad_enabled() and bias.requires_grad:
             raise RuntimeError(
                 f"bias method '{self.config.bias}' does not pass gradients to the bias; train with "

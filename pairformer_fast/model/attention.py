@@ -13,7 +13,7 @@ from pairformer_fast.config import Backend
 from pairformer_fast.kernels.gated_output import gated_output
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
-from pairformer_fast.model.primitives import linear
+from pairformer_fast.model.primitives import FEW_TOKENS, linear
 from pairformer_fast.model.slabs import rows_at_a_time
 
 SAMPLED_ROWS = 32
@@ -194,14 +194,12 @@ class AttentionPairBias(Configured):
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """Add the update to ``s [B, N, C_s]``, from ``z [B, N, N, C_z]`` under the bool ``mask [B, N]``."""
-        backend, norm = self.config.backend, NormParameters.of(self.layer_norm_a)
-        _, bias = layer_norm_linear(
-            z, NormParameters.of(self.layer_norm_z), None, self.linear_z.weight, backend=backend
-        )
+        norm_z, norm = NormParameters.of(self.layer_norm_z), NormParameters.of(self.layer_norm_a)
+        _, bias = layer_norm_linear(z, norm_z, None, self.linear_z.weight, backend=self.config.backend)
         row = s.unsqueeze(1)
-        projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=backend)
+        projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=FEW_TOKENS)
         q, k, v = heads(self.mha, projected.squeeze(1))
         q = q + self.mha.linear_q.bias.view(q.shape[-2:]).to(q.dtype)
         attended = self.mha.core(q, k, v, bias, mask).flatten(-2).unsqueeze(1)
         gate, last = self.mha.linear_g.weight, self.mha.linear_o.weight
-        return gated_output(row, attended, norm, gate, last, backend=backend).squeeze(1)
+        return gated_output(row, attended, norm, gate, last, backend=FEW_TOKENS).squeeze(1)

@@ -10,6 +10,10 @@ from pairformer_fast.config import Backend
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.transition import transition
 
+FEW_TOKENS = Backend.REFERENCE
+"""What computes the single representation's linear layers: for N tokens PyTorch's products are faster than kernels that
+go through N^2, which would leave most of a GPU idle."""
+
 
 def linear(c_in: int, c_out: int, *, bias: bool = False, init: str = "default") -> nn.Linear:
     """Linear layer with one of AlphaFold's initialisations.
@@ -106,7 +110,8 @@ class Transition(Configured):
 
         ``out``, such as x itself, is written to if given; without gradients only.
         """
-        return transform(self, x, mask, out=out, backend=self.config.backend)
+        backend = FEW_TOKENS if x.ndim == 3 else self.config.backend
+        return transform(self, x, mask, out=out, backend=backend)
 
 
 def transform(module: nn.Module, x: Tensor, mask: Tensor | None, *, out: Tensor | None, backend: Backend) -> Tensor:
