@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,42 @@ MOST_CHANNELS = 256
 
 MOST_PLANES = 64
 """Most rows of ``planar_weight``, which the Triton kernel takes at once."""
+
+
+@overload
+def layer_norm_linear(
+    z: Tensor,
+    norm: NormParameters,
+    weight: Tensor,
+    planar_weight: None = None,
+    *,
+    transposed: bool = False,
+    backend: Backend = Backend.AUTO,
+) -> tuple[Tensor, None]: ...
+
+
+@overload
+def layer_norm_linear(
+    z: Tensor,
+    norm: NormParameters,
+    weight: None,
+    planar_weight: Tensor,
+    *,
+    transposed: bool = False,
+    backend: Backend = Backend.AUTO,
+) -> tuple[None, Tensor]: ...
+
+
+@overload
+def layer_norm_linear(
+    z: Tensor,
+    norm: NormParameters,
+    weight: Tensor | None = None,
+    planar_weight: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    backend: Backend = Backend.AUTO,
+) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 def layer_norm_linear(

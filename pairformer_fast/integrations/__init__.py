@@ -19,8 +19,9 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
-    checkpoints stay as they are. Triangle multiplication, transitions and everything else of the host are left alone.
-    Accelerate before ``torch.compile``.
+    checkpoints stay as they are. The pair blocks of OpenFold3 run this package's operations as a whole, so hooks on the
+    parts of a pair block are not called; everything else of the host is left alone. Accelerate before
+    ``torch.compile``.
 
     Parameters
     ----------
@@ -28,8 +29,9 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
         A model of OpenFold3 0.5 (``openfold3``) or of OpenFold for AlphaFold 2 (``openfold``), or any part of one that
         holds attention with a pair bias: a block, a stack, a wrapper around the model.
     config : AttentionConfig, optional
-        How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. Training needs
-        ``AttentionConfig(bias="dense")``, since a decomposition passes no gradient to the bias.
+        How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. A
+        decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, or ``"auto"`` on
+        a GPU.
 
     Returns
     -------

@@ -47,12 +47,12 @@ class GatedAttention(nn.Module):
         self.core = PairBiasAttention()
 
 
-def projections(mha: nn.Module) -> Tensor:
+def projections(mha: Any) -> Tensor:
     """Weights of queries, keys and values of an attention of ours or of OpenFold3, ``[3 H D, C]``."""
     return torch.cat([mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight])
 
 
-def heads(mha: nn.Module, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def heads(mha: Any, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views ``[..., H, D]`` of q, k and v in ``[..., 3 H D]``."""
     q, k, v = projected.unflatten(-1, (3, mha.no_heads, -1)).unbind(-3)
     return q, k, v
@@ -121,7 +121,7 @@ class TriangleUpdate:
     backend : Backend
     """
 
-    module: nn.Module
+    module: Any
     ending: bool
     backend: Backend
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +116,7 @@ class Transition(Configured):
         return transform(self, x, mask, out=out, backend=backend)
 
 
-def transform(module: nn.Module, x: Tensor, mask: Tensor | None, *, out: Tensor | None, backend: Backend) -> Tensor:
+def transform(module: Any, x: Tensor, mask: Tensor | None, *, out: Tensor | None, backend: Backend) -> Tensor:
     """What :meth:`Transition.forward` does, with the weights of a module of ours or of OpenFold3."""
     a, b, last = module.swiglu.linear_a.weight, module.swiglu.linear_b.weight, module.linear_out.weight
     return transition(x, NormParameters.of(module.layer_norm), a, b, last, mask, out=out, backend=backend)

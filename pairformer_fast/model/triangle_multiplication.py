@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pairformer_fast.bias import Configured
@@ -62,7 +64,7 @@ class TriangleMultiplication(Configured):
 
 
 def multiply_triangles(
-    module: nn.Module,
+    module: Any,
     z: Tensor,
     pair_mask: Tensor,
     dropout: Tensor | None,
