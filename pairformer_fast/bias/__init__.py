@@ -1,9 +1,18 @@
 """Pair bias to factors: decompositions, closed forms, certificate, policy, and the attention that uses them."""
 
-from pairformer_fast.bias.attention import BiasReport, Configured, PairBiasAttention, collect_reports, set_attention
+from pairformer_fast.bias.attention import (
+    BiasReport,
+    Configured,
+    PairBiasAttention,
+    attach_factors,
+    collect_reports,
+    detach_factors,
+    set_attention,
+)
 from pairformer_fast.bias.certificate import Certificate, certify
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.landmark import BiasLines, Landmarks, SampledFactors, factorize_lines
+from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsError, NetworkShape
 from pairformer_fast.bias.methods import MissingFactorNetworksError, factorize
 from pairformer_fast.bias.policy import Factorization
 from pairformer_fast.bias.structured import relative_position
@@ -14,13 +23,19 @@ __all__ = [
     "BiasReport",
     "Certificate",
     "Configured",
+    "FactorNetwork",
+    "FactorNetworks",
     "Factorization",
+    "FactorsError",
     "Landmarks",
     "MissingFactorNetworksError",
+    "NetworkShape",
     "PairBiasAttention",
     "SampledFactors",
+    "attach_factors",
     "certify",
     "collect_reports",
+    "detach_factors",
     "factorize",
     "factorize_lines",
     "relative_position",

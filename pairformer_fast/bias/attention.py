@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from pairformer_fast.bias.factors import BiasFactors
+from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsError
+from pairformer_fast.bias.methods import MissingFactorNetworksError
 from pairformer_fast.bias.policy import Factorization, factorize, keeps_dense
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
-from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
+from pairformer_fast.kernels.flash_bias import Factors, chosen_backend, flash_bias_attention
 
 
 @dataclass(frozen=True)
 class BiasReport:
     """What one call did with its bias; one entry per head, the worst over the batch.
+
+    Errors are those against the dense bias. Factors of a network have none: no dense bias is computed, and a model that
+    was trained with them has none at all.
 
     Attributes
     ----------
@@ -26,21 +31,21 @@ class BiasReport:
         What computed attention, such as ``torch`` or ``triton``.
     rank : tuple of int
         Rank in use; N for a dense bias.
-    eps : tuple of float
+    eps : tuple of float, optional
         Largest half range of the residual in a row (see :class:`~pairformer_fast.bias.certificate.Certificate`).
-    bound : tuple of float
+    bound : tuple of float, optional
         tanh(eps / 2), guaranteed bound on the total variation of attention weights.
-    probed_mean, probed_max : tuple of float
+    probed_mean, probed_max : tuple of float, optional
         Total variation measured on sampled queries.
     """
 
     choice: str
     backend: str
     rank: tuple[int, ...]
-    eps: tuple[float, ...]
-    bound: tuple[float, ...]
-    probed_mean: tuple[float, ...]
-    probed_max: tuple[float, ...]
+    eps: tuple[float, ...] | None = None
+    bound: tuple[float, ...] | None = None
+    probed_mean: tuple[float, ...] | None = None
+    probed_max: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, outcome: Factorization, backend: Backend) -> BiasReport:
@@ -52,6 +57,13 @@ class BiasReport:
             return cls("dense", backend.value, (tokens,) * heads, exact, exact, exact, exact)
         per_head = (factors.rank, factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
         return cls("factors", backend.value, *(tuple(value.amax(0).tolist()) for value in per_head))
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """Keeps a network out of the submodules of what holds it."""
+
+    network: FactorNetwork
 
 
 class Configured(nn.Module):
@@ -75,21 +87,29 @@ class PairBiasAttention(Configured):
     ----------
     report : list of BiasReport
         One entry per decision about a bias in evaluation mode, until :meth:`reset`.
+    attached : Attached, optional
+        Network of the factors; see :func:`attach_factors`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.report: list[BiasReport] = []
+        self.attached: Attached | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def learned(self) -> bool:
+        """Whether factors come from a network, so that no dense bias is needed."""
+        return self.config.bias is BiasMethod.LEARNED
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Factors, mask: Tensor | None) -> Tensor:
         """Attend.
 
         Parameters
         ----------
         q, k, v : Tensor
             ``[B, I, N, H, D]`` or ``[B, N, H, D]``, q not scaled.
-        bias : Tensor
-            Dense additive logits ``[B, H, N, N]``.
+        bias : Tensor or Factors
+            Dense additive logits ``[B, H, N, N]``, or what :meth:`factors` gave.
         mask : Tensor, optional
             Bool ``[B, I, N]`` or ``[B, N]``, True = keep.
 
@@ -103,15 +123,48 @@ class PairBiasAttention(Configured):
         RuntimeError
             If a gradient of the bias is wanted from a decomposition, which is not differentiated.
         """
-        return self.attend(q, k, v, self.decide(q, k, bias, mask), mask)
+        decided = bias if isinstance(bias, Factors) else self.decide(q, k, bias, mask)
+        return self.attend(q, k, v, decided, mask)
 
     def decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor | BiasFactors:
         """What attention is to take as its bias; arguments as in :meth:`forward`, of all rows I or of a sample."""
         self._check_gradient(q, bias)
         return self._decide(q, k, bias, mask).for_attention
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | BiasFactors, mask: Tensor | None) -> Tensor:
-        """Attend, in all rows I or in some, with what :meth:`decide` gave."""
+    def factors(self, tokens: Tensor, keep: Tensor, q: Tensor) -> Factors:
+        """What attention is to take as its bias where factors are :attr:`learned`.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            ``[B, N, channels]`` features that the network reads.
+        keep : Tensor
+            Bool ``[B, N]``, True for tokens that are not padding.
+        q : Tensor
+            As in :meth:`forward`, of all rows I or of a sample.
+
+        Returns
+        -------
+        Factors
+            Differentiable, dtype of q.
+
+        Raises
+        ------
+        MissingFactorNetworksError
+            If no network is attached.
+        """
+        if self.attached is None:
+            raise MissingFactorNetworksError(
+                "bias is 'learned', but the model has no factor networks: attach_factors(model, networks) gives it some"
+            )
+        factors = self.attached.network(tokens, keep, q.dtype)
+        if not self.training:
+            heads, rank = factors.phi_q.shape[1], factors.phi_q.shape[-1]
+            self.report.append(BiasReport("factors", chosen_backend(self.config.backend, q).value, (rank,) * heads))
+        return factors
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | Factors, mask: Tensor | None) -> Tensor:
+        """Attend, in all rows I or in some, with what :meth:`decide` or :meth:`factors` gave."""
         return flash_bias_attention(q, k, v, decided, mask, self.config.backend)
 
     def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
@@ -147,6 +200,37 @@ def set_attention(model: nn.Module, config: AttentionConfig) -> None:
     for module in model.modules():
         if isinstance(module, Configured):
             module.config = config
+
+
+def attach_factors(model: nn.Module, networks: FactorNetworks) -> None:
+    """Give every attention of ``model`` its network, which ``AttentionConfig(bias="learned")`` then uses.
+
+    The networks do not become part of the model: its ``state_dict``, ``parameters`` and ``to`` know nothing of them.
+
+    Raises
+    ------
+    FactorsError
+        If the paths of the networks are not those of the model's attentions; nothing is changed then.
+    """
+    attentions = _attentions(model)
+    missing, unknown = sorted(attentions.keys() - set(networks)), sorted(set(networks) - attentions.keys())
+    if missing or unknown:
+        raise FactorsError(
+            f"factor networks do not fit {type(model).__name__}: {len(missing)} of its {len(attentions)} attentions "
+            f"have none{_first(missing)}, {len(unknown)} networks belong to none{_first(unknown)}"
+        )
+    for path, attention in attentions.items():
+        attention.attached = Attached(networks[path])
+
+
+def detach_factors(model: nn.Module) -> None:
+    """Take the networks of :func:`attach_factors` away again."""
+    for attention in _attentions(model).values():
+        attention.attached = None
+
+
+def _first(paths: list[str]) -> str:
+    return f" (such as {paths[0]})" if paths else ""
 
 
 def collect_reports(model: nn.Module) -> list[dict[str, Any]]:

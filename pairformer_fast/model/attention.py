@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from pairformer_fast.bias import Configured, PairBiasAttention
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.flash_bias import Factors
 from pairformer_fast.kernels.gated_output import gated_output
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.primitives import FEW_TOKENS, linear
 from pairformer_fast.model.slabs import rows_at_a_time
+from pairformer_fast.model.tokens import single_tokens, token_means
 
 SAMPLED_ROWS = 32
 """Rows that stand for all where the bias is decided about before the rows are projected slab by slab."""
@@ -126,18 +128,20 @@ class TriangleUpdate:
     backend: Backend
 
     def __call__(self, z: Tensor, pair_mask: Tensor, dropout: Tensor | None, out: Tensor | None) -> Tensor:
-        weight, bias_weight = projections(self.module.mha), self.module.linear_z.weight
-        core = self.module.mha.core
+        core, weight = self.module.mha.core, projections(self.module.mha)
+        bias_weight = None if core.learned else self.module.linear_z.weight
         slab = rows_at_a_time(z, len(weight) + len(weight) // 3)
         if slab is None:
             projected, bias = self._project(z, weight, bias_weight)
-            attended = core(*self._heads(projected), bias, self._turned(pair_mask))
+            (q, k, v), mask = self._heads(projected), self._turned(pair_mask)
+            attended = core(q, k, v, core.factors(*self.tokens(z, pair_mask), q) if bias is None else bias, mask)
             return self._finish(z, attended, dropout, out)
-        _, bias = self._project(z, None, bias_weight)
+        q, k, mask = self.sample(z, pair_mask)
+        if bias_weight is None:
+            decided: Tensor | Factors = core.factors(*self.tokens(z, pair_mask), q)
+        else:
+            decided = core.decide(q, k, self._project(z, None, bias_weight)[1], mask)
         rows = z.shape[2 if self.ending else 1]
-        sample = slice(None, None, -(-rows // SAMPLED_ROWS))
-        q, k, _ = self._heads(self._project(self._rows(z, sample), weight, None)[0])
-        decided = core.decide(q, k, bias, self._turned(self._rows(pair_mask, sample)))
         out = torch.empty_like(z) if out is None else out
         for start in range(0, rows, slab):
             part = slice(start, start + slab)
@@ -146,6 +150,18 @@ class TriangleUpdate:
             scale = None if dropout is None else self._rows(dropout.expand(z.shape), part)
             self._finish(some, attended, scale, self._rows(out, part))
         return out
+
+    def tokens(self, z: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What a factor network reads: features ``[B, N, 2 C_z]``, and which tokens are kept, ``[B, N]``."""
+        keep = self._turned(pair_mask).any(1)
+        return token_means(z, NormParameters.of(self.module.layer_norm), keep, self.backend), keep
+
+    def sample(self, z: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k ``[B, I, N, H, D]`` and mask ``[B, I, N]`` of some evenly spaced rows of attention."""
+        rows = z.shape[2 if self.ending else 1]
+        part = slice(None, None, -(-rows // SAMPLED_ROWS))
+        q, k, _ = self._heads(self._project(self._rows(z, part), projections(self.module.mha), None)[0])
+        return q, k, self._turned(self._rows(pair_mask, part))
 
     def _rows(self, x: Tensor, part: slice) -> Tensor:
         """Rows of attention in ``part``: columns of the pair representation around the ending node."""
@@ -194,12 +210,26 @@ class AttentionPairBias(Configured):
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """Add the update to ``s [B, N, C_s]``, from ``z [B, N, N, C_z]`` under the bool ``mask [B, N]``."""
-        norm_z, norm = NormParameters.of(self.layer_norm_z), NormParameters.of(self.layer_norm_a)
-        _, bias = layer_norm_linear(z, norm_z, None, self.linear_z.weight, backend=self.config.backend)
-        row = s.unsqueeze(1)
-        projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=FEW_TOKENS)
-        q, k, v = heads(self.mha, projected.squeeze(1))
-        q = q + self.mha.linear_q.bias.view(q.shape[-2:]).to(q.dtype)
-        attended = self.mha.core(q, k, v, bias, mask).flatten(-2).unsqueeze(1)
+        core, norm, row = self.mha.core, NormParameters.of(self.layer_norm_a), s.unsqueeze(1)
+        q, k, v = self._heads(row)
+        bias = core.factors(self.tokens(s, z, mask), mask, q) if core.learned else self.bias(z)
+        attended = core(q, k, v, bias, mask).flatten(-2).unsqueeze(1)
         gate, last = self.mha.linear_g.weight, self.mha.linear_o.weight
         return gated_output(row, attended, norm, gate, last, backend=FEW_TOKENS).squeeze(1)
+
+    def bias(self, z: Tensor) -> Tensor:
+        """Dense pair bias ``[B, H, N, N]``."""
+        norm = NormParameters.of(self.layer_norm_z)
+        return layer_norm_linear(z, norm, None, self.linear_z.weight, backend=self.config.backend)[1]
+
+    def tokens(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
+        """What a factor network reads, ``[B, N, 2 C_z + C_s]``."""
+        means = token_means(z, NormParameters.of(self.layer_norm_z), mask, self.config.backend)
+        return torch.cat([means, single_tokens(s, NormParameters.of(self.layer_norm_a)).to(means.dtype)], dim=-1)
+
+    def _heads(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[B, N, H, D]`` of ``s [B, 1, N, C_s]``."""
+        norm = NormParameters.of(self.layer_norm_a)
+        projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=FEW_TOKENS)
+        q, k, v = heads(self.mha, projected.squeeze(1))
+        return q + self.mha.linear_q.bias.view(q.shape[-2:]).to(q.dtype), k, v

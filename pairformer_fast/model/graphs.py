@@ -69,7 +69,8 @@ class GraphedPairformer:
         if size > self.largest:
             return self.module(s, z, mask, pair_mask)
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (len(s), size, s.dtype, z.dtype, autocast, *(core.config for core in self._cores()))
+        cores = ((core.config, core.attached) for core in self._cores())
+        key = (len(s), size, s.dtype, z.dtype, autocast, *cores)
         if key not in self._captured:
             self._captured[key] = self._capture(s, z, size)
         captured = self._captured[key]
@@ -88,10 +89,10 @@ class GraphedPairformer:
     def _check(self, z: Tensor) -> None:
         if self.module.training:
             raise RuntimeError("CUDA graphs are for inference here: call eval() on the module")
-        if not all(keeps_dense(core.config, z[..., :1]) for core in self._cores()):
+        if not all(core.learned or keeps_dense(core.config, z[..., :1]) for core in self._cores()):
             raise RuntimeError(
-                "a bias is decomposed by asking the host, which a CUDA graph cannot hold: set bias 'dense', or 'auto' "
-                "with backend 'triton'"
+                "a bias is decomposed by asking the host, which a CUDA graph cannot hold: set bias 'dense', 'learned', "
+                "or 'auto' with backend 'triton'"
             )
 
     def _capture(self, s: Tensor, z: Tensor, size: int) -> _Captured:
