@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pairformer_fast.training.loop import train
-from pairformer_fast.training.settings import TrainConfig
+from pairformer_fast.training.settings import TrainAttention, TrainConfig
 
 
 def main(
@@ -16,10 +16,18 @@ def main(
     data: Annotated[Path, typer.Option(help="Shards of scripts/prepare_antibody_data.py.")] = Path("runs/data"),
     output: Annotated[Path, typer.Option(help="Folder of state, log and weights.")] = Path("runs/antibody"),
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    bias: Annotated[
+        str | None,
+        typer.Option(help="dense, or learned: factor networks train with the model; the preset's if omitted."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of learned factors.")] = None,
 ) -> None:
     """Train until the last step of the preset."""
     try:
-        done = train(TrainConfig.from_yaml(config), data, output, minutes)
+        preset = TrainConfig.from_yaml(config)
+        given = {name: value for name, value in (("bias", bias), ("rank", rank)) if value is not None}
+        attention = TrainAttention.model_validate(preset.attention.model_dump(exclude_unset=True) | given)
+        done = train(preset.model_copy(update={"attention": attention}), data, output, minutes)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     print(f"{'finished' if done else 'stopped early, run the same command to go on'}: {output}")

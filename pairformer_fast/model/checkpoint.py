@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pairformer_fast.config import ModelConfig
+from pairformer_fast.bias import set_attention
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod, ModelConfig
 from pairformer_fast.model.folding import FoldingModel
 
 
@@ -52,6 +53,9 @@ def save_checkpoint(model: FoldingModel, path: str | Path, metadata: dict[str, o
 def load_checkpoint(path: str | Path) -> FoldingModel:
     """Model in fp32 and ``eval()`` mode from a file that :func:`save_checkpoint` wrote.
 
+    A model that was trained with learned factors has no dense bias: it comes with ``bias="learned"`` set, and runs once
+    its networks are attached (:func:`~pairformer_fast.model.factors.load_factors`).
+
     Raises
     ------
     FileNotFoundError
@@ -65,6 +69,8 @@ def load_checkpoint(path: str | Path) -> FoldingModel:
             model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no checkpoint of this package: {error}") from error
+    if trained_with_factors(path):
+        set_attention(model, AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED))
     return model.eval()
 
 
@@ -93,3 +99,9 @@ def checkpoint_metadata(path: str | Path) -> dict[str, object]:
     """Facts about the training that :func:`save_checkpoint` stored."""
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get("metadata", "{}"))
+
+
+def trained_with_factors(path: str | Path) -> bool:
+    """Whether a checkpoint's model was trained with learned factors instead of a dense bias."""
+    attention = checkpoint_metadata(path).get("attention")
+    return isinstance(attention, dict) and attention.get("bias") == BiasMethod.LEARNED

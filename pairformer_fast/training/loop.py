@@ -6,23 +6,20 @@ import itertools
 import json
 import os
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from pairformer_fast.model.checkpoint import save_checkpoint
-from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.training.dataset import AntibodyDataset, Augmentation, Batch, MixtureSampler, collate
 from pairformer_fast.training.evaluate import evaluate
 from pairformer_fast.training.losses import term_weights
+from pairformer_fast.training.run import Run
 from pairformer_fast.training.settings import TrainConfig, TrainSettings
 from pairformer_fast.training.step import GradientStep
 
@@ -30,37 +27,6 @@ STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
 WEIGHTS_FILE = "model.safetensors"
 HOLD_OUTS = ("val", "crystal")
-
-
-@dataclass
-class Run:
-    """Everything that a resumed run needs to go on as if it had not stopped."""
-
-    model: FoldingModel
-    average: AveragedModel
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-
-    def save(self, path: Path) -> None:
-        """Write the state whole or not at all."""
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-
-    def load(self, path: Path, device: torch.device) -> None:
-        """Read what :meth:`save` wrote."""
-        state = torch.load(path, map_location=device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
 
 
 def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None = None) -> bool:
@@ -86,6 +52,8 @@ def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None =
     ------
     FileNotFoundError
         If ``data`` lacks a split; nothing has been written then.
+    ValueError
+        If the run in ``folder`` is of another kind, such as with a dense bias instead of learned factors.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -110,17 +78,11 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(settings.seed)
-    model = FoldingModel(config.model).to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay,
-        fused=device.type == "cuda",
-    )  # fmt: skip
-    run = Run(model, average, optimizer)
+    run = Run.start(config, device)
     if (folder / STATE_FILE).is_file():
         run.load(folder / STATE_FILE, device)
     before = run.seconds
-    gradients = GradientStep(model)
+    gradients = GradientStep(run.model, run.parameters)
     augmentation = Augmentation(settings.heavy_only, settings.light_only, settings.swapped)
     sampler = MixtureSampler(
         dataset, settings.mixture, settings.batch_size, settings.seed, augmentation, rank, world, start=run.step
@@ -156,10 +118,10 @@ def _step(run: Run, gradients: GradientStep, batch: Batch, settings: TrainSettin
         group["lr"] = settings.learning_rate * schedule(run.step, settings)
     run.model.train()
     losses = gradients(batch, recycles, term_weights(run.step / settings.steps))
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.gradient_norm)
+    norm = nn.utils.clip_grad_norm_(run.parameters, settings.gradient_norm)
     if norm.isfinite():
         run.optimizer.step()
-        run.average.update_parameters(run.model)
+        run.average()
     return {**losses, "gradient_norm": norm}
 
 
@@ -183,7 +145,7 @@ def _finish(
     run: Run, config: TrainConfig, held_out: list[AntibodyDataset], folder: Path, device: torch.device, world: int
 ) -> None:
     """Write the averaged weights and measure them on the hold-outs."""
-    model = cast(FoldingModel, run.average.module).eval()
+    model = run.averaged_model.eval()
     facts: dict[str, Any] = {
         "step": run.step,
         "seconds": round(run.seconds, 1),
@@ -191,8 +153,9 @@ def _finish(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "train": config.train.model_dump(),
+        "attention": config.attention.model_dump(mode="json"),
     }
-    save_checkpoint(model, folder / WEIGHTS_FILE, facts)
+    run.save_weights(folder / WEIGHTS_FILE, facts)
     summaries = (evaluate(model, dataset, device).summary() for dataset in held_out)
     results = dict(zip(HOLD_OUTS, summaries, strict=True))
     _log(folder, {**facts, "evaluation": results})

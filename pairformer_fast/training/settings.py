@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
-from pairformer_fast.config import Frozen, ModelConfig
+from pydantic import Field, model_validator
+
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod, Frozen, ModelConfig
 
 
 class TrainSettings(Frozen):
@@ -43,8 +45,43 @@ class TrainSettings(Frozen):
     save_every: int = Field(default=500, ge=1)
 
 
+class TrainAttention(Frozen):
+    """What the pair bias is while a model trains.
+
+    Attributes
+    ----------
+    bias : BiasMethod
+        ``dense``, or ``learned``: factors of networks that are trained with the model, of which a side file is written
+        beside the weights. Such a model has no dense bias: its projections are never used.
+    rank, hidden, table : int, optional
+        Of the networks, see :class:`~pairformer_fast.bias.NetworkShape`; for ``learned`` only, ``rank`` by default 16
+        and ``hidden`` 128.
+    backend : Backend
+        Implementation of attention and of the operations around it.
+    """
+
+    bias: Literal[BiasMethod.DENSE, BiasMethod.LEARNED] = BiasMethod.DENSE
+    rank: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=1)
+    table: int | None = Field(default=None, ge=1)
+    backend: Backend = Backend.REFERENCE
+
+    @model_validator(mode="after")
+    def _networks_for_learned_only(self) -> TrainAttention:
+        given = [name for name in ("rank", "hidden", "table") if getattr(self, name) is not None]
+        if self.bias is BiasMethod.DENSE and given:
+            raise ValueError(f"{given[0]} is for factor networks: drop it or set bias learned")
+        return self
+
+    @property
+    def config(self) -> AttentionConfig:
+        """How attention is computed."""
+        return AttentionConfig(backend=self.backend, bias=self.bias)
+
+
 class TrainConfig(Frozen):
     """A preset: dimensions of the model and settings of the run."""
 
     model: ModelConfig
+    attention: TrainAttention = TrainAttention()
     train: TrainSettings = TrainSettings()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.folding import FoldingModel
@@ -30,12 +31,14 @@ class GradientStep:
     Parameters
     ----------
     model : FoldingModel
-        In training mode; its ``.grad`` tensors are overwritten by every call.
+        In training mode.
+    parameters : sequence of Parameter, optional
+        Those that take part, whose ``.grad`` tensors are overwritten by every call; by default the model's.
     """
 
-    def __init__(self, model: FoldingModel) -> None:
+    def __init__(self, model: FoldingModel, parameters: Sequence[nn.Parameter] | None = None) -> None:
         self.model = model
-        self.parameters = list(model.parameters())
+        self.parameters = list(model.parameters() if parameters is None else parameters)
         self.device = self.parameters[0].device
         self.weights = torch.zeros(len(WEIGHTS), device=self.device)
         self._captured: dict[tuple[torch.Size, int], _Captured] = {}
