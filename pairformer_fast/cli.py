@@ -73,6 +73,9 @@ def fold(
         ),
     ] = None,
     checkpoint: CheckpointOption = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="Networks for --bias learned; CHECKPOINT.factors.safetensors if omitted.")
+    ] = None,
 ) -> None:
     """Fold every record of a FASTA file; write structures, comparison and run.json to OUT."""
     settings = FoldSettings(
@@ -86,6 +89,7 @@ def fold(
         recycles=recycles,
         compare=compare,
         checkpoint=checkpoint,
+        factors=factors,
     )
     from pairformer_fast.inference.fasta import read_fasta
 

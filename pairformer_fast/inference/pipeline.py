@@ -16,6 +16,7 @@ from pairformer_fast.inference.compare import Comparison, compare_structures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job, read_fasta
 from pairformer_fast.inference.files import write_atomically
+from pairformer_fast.inference.learned import networks_file
 from pairformer_fast.inference.predict import (
     PathResult,
     Predictor,
@@ -25,7 +26,7 @@ from pairformer_fast.inference.predict import (
 )
 from pairformer_fast.inference.report import ACCELERATED, REFERENCE, JobReport, RunReport, comparison_json
 from pairformer_fast.inference.settings import FoldSettings
-from pairformer_fast.inference.validate import check_bias, check_domain, check_memory
+from pairformer_fast.inference.validate import check_domain, check_memory
 from pairformer_fast.inference.writer import write_mmcif
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings, progress: P
     _check_output(out, jobs)
     check_request(jobs, settings)
     predictor = Predictor(settings)
-    wanted = {ACCELERATED: settings.accelerated, REFERENCE: settings.reference}
+    wanted = {ACCELERATED: predictor.accelerated, REFERENCE: predictor.reference}
     paths = {name: attention for name, attention in wanted.items() if attention is not None}
     report = RunReport.start(jobs, settings, predictor, paths)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,8 +90,9 @@ def check_request(jobs: list[Job], settings: FoldSettings) -> None:
         Also if the device or the checkpoint does not exist.
     """
     device = resolve_device(settings.device)
-    config = read_model_config(resolve_checkpoint(settings.checkpoint))
-    check_bias(settings)
+    checkpoint = resolve_checkpoint(settings.checkpoint)
+    config = read_model_config(checkpoint)
+    networks_file(settings, checkpoint)
     check_domain(jobs, config)
     check_memory(jobs, config, device)
 

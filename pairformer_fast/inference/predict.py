@@ -13,10 +13,12 @@ from pairformer_fast.config import AttentionConfig, ModelConfig
 from pairformer_fast.features import Prediction, TokenFeatures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
+from pairformer_fast.inference.learned import attention_paths, networks_file
 from pairformer_fast.inference.measure import Usage, measure
 from pairformer_fast.inference.settings import FoldSettings, Precision
 from pairformer_fast.model import checkpoint
 from pairformer_fast.model.closure import close_peptides
+from pairformer_fast.model.factors import load_factors
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,19 @@ class Predictor:
     Parameters
     ----------
     settings : FoldSettings
-        Device, precision, seed, recycles and checkpoint are taken from here.
+        What to do.
+
+    Attributes
+    ----------
+    accelerated, reference : AttentionConfig, optional
+        Attention of the two paths with these weights; None for one that does not run.
+    factors : Path, optional
+        Side file of the factor networks that they take, if any.
 
     Raises
     ------
     InputError
-        If the device or the checkpoint does not exist or does not load.
+        If the device, the checkpoint or factor networks do not exist or do not load.
     """
 
     def __init__(self, settings: FoldSettings) -> None:
@@ -103,8 +112,19 @@ class Predictor:
         except checkpoint.CheckpointError as error:
             raise InputError(" ".join(str(error).split())) from error
         self.model = model.to(self.device).eval()
+        self.accelerated, self.reference = attention_paths(settings, self.checkpoint)
+        self.factors = networks_file(settings, self.checkpoint)
+        if self.factors is not None:
+            self._attach(self.factors)
         self.recycles = model.config.recycles if settings.recycles is None else settings.recycles
         self.seed = settings.seed
+
+    def _attach(self, file: Path) -> None:
+        try:
+            networks = load_factors(file, self.model, self.checkpoint)
+        except pair_bias.FactorsError as error:
+            raise InputError(" ".join(str(error).split())) from error
+        pair_bias.attach_factors(self.model, networks.to(self.device))
 
     def predict(self, job: Job, attention: AttentionConfig) -> PathResult:
         """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from pydantic import computed_field
 
-from pairformer_fast.config import AttentionConfig, Frozen
+from pairformer_fast.config import Frozen
 from pairformer_fast.inference.compare import Comparison, compare_structures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job, read_fasta
@@ -110,8 +110,8 @@ def regress(golden: Path, settings: FoldSettings, crystals: Path | None = None) 
     predictor = Predictor(settings)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        gates = [gate for job in jobs for gate in _golden_gates(job, golden, predictor, settings, folder)]
-        accuracy = [_accuracy(job, crystals, predictor, settings, folder) for job in crystal_jobs if crystals]
+        gates = [gate for job in jobs for gate in _golden_gates(job, golden, predictor, folder)]
+        accuracy = [_accuracy(job, crystals, predictor, folder) for job in crystal_jobs if crystals]
     if accuracy:
         loss = fmean(one.reference_lddt_ca - one.accelerated_lddt_ca for one in accuracy)
         subject = f"mean of {len(accuracy)} crystals"
@@ -138,7 +138,10 @@ def update_golden(golden: Path, settings: FoldSettings) -> list[Path]:
     jobs = read_fasta(golden / "golden.fasta")
     check_request(jobs, settings)
     predictor = Predictor(settings)
-    results = [predictor.predict(job, AttentionConfig.reference()) for job in jobs]
+    reference = predictor.reference
+    if reference is None:
+        raise InputError("golden structures are the reference's, but the settings leave it out")
+    results = [predictor.predict(job, reference) for job in jobs]
     paths = [golden / f"{job.id}.cif" for job in jobs]
     for path, job, result in zip(paths, jobs, results, strict=True):
         _write(path, job, result)
@@ -158,15 +161,15 @@ def _write(path: Path, job: Job, result: PathResult) -> Path:
     return path
 
 
-def _fold_both(job: Job, predictor: Predictor, settings: FoldSettings, folder: Path) -> Iterator[Path]:
-    for name, attention in (("reference", settings.reference), ("accelerated", settings.accelerated)):
+def _fold_both(job: Job, predictor: Predictor, folder: Path) -> Iterator[Path]:
+    for name, attention in (("reference", predictor.reference), ("accelerated", predictor.accelerated)):
         if attention is None:
             raise InputError(f"regress needs both paths, but the settings leave out the {name} one")
         yield _write(folder / f"{job.id}_{name}.cif", job, predictor.predict(job, attention))
 
 
-def _golden_gates(job: Job, golden: Path, predictor: Predictor, settings: FoldSettings, folder: Path) -> list[Gate]:
-    reference, accelerated = _fold_both(job, predictor, settings, folder)
+def _golden_gates(job: Job, golden: Path, predictor: Predictor, folder: Path) -> list[Gate]:
+    reference, accelerated = _fold_both(job, predictor, folder)
     reproduced = compare_structures(reference, golden / f"{job.id}.cif")
     if not _complete(reproduced, job):
         raise InputError(f"{golden / job.id}.cif is not of the sequence in golden.fasta; make it with --update")
@@ -206,11 +209,9 @@ def _complete(comparison: Comparison, job: Job) -> bool:
     return alike and comparison.residues == comparison.residues_b == job.length
 
 
-def _accuracy(job: Job, crystals: Path, predictor: Predictor, settings: FoldSettings, folder: Path) -> CrystalAccuracy:
+def _accuracy(job: Job, crystals: Path, predictor: Predictor, folder: Path) -> CrystalAccuracy:
     crystal = crystals / f"{job.id}.pdb"
-    reference, accelerated = (
-        compare_structures(path, crystal) for path in _fold_both(job, predictor, settings, folder)
-    )
+    reference, accelerated = (compare_structures(path, crystal) for path in _fold_both(job, predictor, folder))
     return CrystalAccuracy(
         id=job.id,
         reference_lddt_ca=_lddt_ca(reference),

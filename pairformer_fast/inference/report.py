@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from pairformer_fast.bias.learned import sha256
 from pairformer_fast.config import AttentionConfig, Frozen
 from pairformer_fast.inference.compare import Comparison
 from pairformer_fast.inference.fasta import Job
@@ -39,8 +39,9 @@ class PathReport(Frozen):
         Calls of attention that took factors and that took the dense bias.
     mean_rank : float or None
         Over the heads of the calls that took factors.
-    probed_error, bound : float
-        Largest measured mean total variation of a head's attention weights, and the largest certified bound on it.
+    probed_error, bound : float or None
+        Largest measured mean total variation of a head's attention weights, and the largest certified bound on it; None
+        for learned factors, whose dense bias is not computed.
     """
 
     seconds: float
@@ -50,8 +51,8 @@ class PathReport(Frozen):
     factors: int
     dense: int
     mean_rank: float | None
-    probed_error: float
-    bound: float
+    probed_error: float | None
+    bound: float | None
 
     @classmethod
     def of(cls, result: PathResult) -> PathReport:
@@ -66,8 +67,8 @@ class PathReport(Frozen):
             factors=len(factors),
             dense=len(result.reports) - len(factors),
             mean_rank=fmean(ranks) if ranks else None,
-            probed_error=max((max(report["probed_mean"]) for report in factors), default=0.0),
-            bound=max((max(report["bound"]) for report in factors), default=0.0),
+            probed_error=_worst(factors, "probed_mean"),
+            bound=_worst(factors, "bound"),
         )
 
 
@@ -120,6 +121,8 @@ class RunReport(Frozen):
         What ``auto`` and omitted settings became; which bias each call of attention took is in the jobs.
     checkpoint : dict[str, str]
         File name and SHA-256 of the weights.
+    factors : dict[str, str], optional
+        The same of the factor networks; None if no path takes them.
     jobs : list[JobReport]
         In the order of the FASTA file.
     """
@@ -129,6 +132,7 @@ class RunReport(Frozen):
     settings: dict[str, Any]
     chosen: dict[str, Any]
     checkpoint: dict[str, str]
+    factors: dict[str, str] | None
     jobs: list[JobReport]
 
     @classmethod
@@ -147,7 +151,8 @@ class RunReport(Frozen):
                 "recycles": predictor.recycles,
                 "paths": {name: attention.model_dump(mode="json") for name, attention in paths.items()},
             },
-            checkpoint={"name": predictor.checkpoint.name, "sha256": _sha256(predictor.checkpoint)},
+            checkpoint=_identity(predictor.checkpoint),
+            factors=None if predictor.factors is None else _identity(predictor.factors),
             jobs=[JobReport.pending(job) for job in jobs],
         )
 
@@ -173,11 +178,16 @@ def comparison_json(job: Job, results: dict[str, PathResult], comparison: Compar
     return json.dumps(content, indent=1) + "\n"
 
 
+def _worst(reports: list[dict[str, Any]], error: str) -> float | None:
+    if any(report[error] is None for report in reports):
+        return None
+    return max((max(report[error]) for report in reports), default=0.0)
+
+
 def _machine(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"system": platform.platform(), "device": name, "cpu_threads": str(torch.get_num_threads())}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _identity(path: Path) -> dict[str, str]:
+    return {"name": path.name, "sha256": sha256(path)}

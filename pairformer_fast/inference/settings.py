@@ -51,6 +51,8 @@ class FoldSettings(Frozen):
         Also predict with the reference and compare. By default yes, unless ``attention`` is ``reference``.
     checkpoint : Path, optional
         Weights; the bundled ones if omitted.
+    factors : Path, optional
+        Factor networks for ``bias`` ``learned``; those beside the checkpoint if omitted.
     """
 
     attention: Attention = Attention.AUTO
@@ -63,6 +65,7 @@ class FoldSettings(Frozen):
     recycles: int | None = Field(default=None, ge=0)
     compare: bool | None = None
     checkpoint: Path | None = None
+    factors: Path | None = None
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> FoldSettings:
@@ -72,6 +75,8 @@ class FoldSettings(Frozen):
             raise ValueError("rank and tolerance exclude each other: give one of them")
         if self.bias is BiasMethod.DENSE and given:
             raise ValueError(f"{given[0]} is for factors, but bias is dense: drop {given[0]} or choose bias svd")
+        if self.bias is BiasMethod.LEARNED and given:
+            raise ValueError(f"the rank of learned factors is that of their networks: drop {given[0]}")
         if self.attention is Attention.REFERENCE:
             if self.bias not in (BiasMethod.AUTO, BiasMethod.DENSE):
                 raise ValueError(

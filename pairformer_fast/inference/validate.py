@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from pairformer_fast.config import BiasMethod, ModelConfig
+from pairformer_fast.config import ModelConfig
 from pairformer_fast.inference import antibody
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
-from pairformer_fast.inference.settings import FoldSettings
 from pairformer_fast.kernels.flash_bias.reference import SLAB_BYTES
 
 _GIB = 2**30
@@ -91,18 +90,6 @@ def check_memory(jobs: list[Job], config: ModelConfig, device: torch.device) -> 
                 f"{needed / _GIB:.1f} GiB, but {available / _GIB:.1f} GiB are available on {device}; shorten the "
                 "sequence or use a machine with more memory"
             )
-
-
-def check_bias(settings: FoldSettings) -> None:
-    """Refuse factors that no checkpoint carries.
-
-    Raises
-    ------
-    InputError
-        If learned factors are asked for.
-    """
-    if settings.bias is BiasMethod.LEARNED:
-        raise InputError("--bias learned: the checkpoint carries no factor networks; choose --bias svd, auto or dense")
 
 
 def check_domain(jobs: list[Job], config: ModelConfig) -> None:

@@ -128,7 +128,7 @@ class Switch:
         reports = [] if self._acceleration is None else self._acceleration.reports()
         if reports:
             chosen = [report for report in reports if report["choice"] == "factors"]
-            worst = max((error for report in chosen for error in report["probed_max"]), default=0.0)
+            worst = max((error for report in chosen for error in report["probed_max"] or ()), default=0.0)
             ranks = [rank for report in chosen for rank in report["rank"]]
             mean = f", mean rank {sum(ranks) / len(ranks):.1f}, largest probed error {worst:.3g}" if ranks else ""
             logger.info("flashbias: factors in %d of %d calls of attention%s", len(chosen), len(reports), mean)
