@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from benchmark_rows import machine
 
-from pairformer_fast.bias import set_attention
+from pairformer_fast.bias import attach_factors, set_attention
+from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
 from pairformer_fast.inference.compare import compare_structures
 from pairformer_fast.inference.fasta import Job, read_fasta
@@ -19,7 +20,13 @@ from pairformer_fast.inference.predict import Predictor
 from pairformer_fast.inference.report import PathReport
 from pairformer_fast.inference.settings import FoldSettings
 from pairformer_fast.inference.writer import write_mmcif
-from pairformer_fast.model.checkpoint import checkpoint_metadata, default_checkpoint, load_checkpoint
+from pairformer_fast.model.checkpoint import (
+    checkpoint_metadata,
+    default_checkpoint,
+    load_checkpoint,
+    trained_with_factors,
+)
+from pairformer_fast.model.factors import load_factors
 from pairformer_fast.training.dataset import AntibodyDataset
 from pairformer_fast.training.evaluate import evaluate
 
@@ -43,9 +50,14 @@ def accuracy_rows(data: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
     path = default_checkpoint() if checkpoint is None else checkpoint
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_checkpoint(path).to(device)
+    attentions = {"reference": AttentionConfig.reference(), "pairformer_fast auto": AUTO}
+    if trained_with_factors(path):
+        attach_factors(model, load_factors(side_file(path), model, path).to(device))
+        reference = AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED)
+        attentions = {"reference": reference, "pairformer_fast learned": AttentionConfig(bias=BiasMethod.LEARNED)}
     rows = []
     for split in ("val", "crystal"):
-        for name, attention in (("reference", AttentionConfig.reference()), ("pairformer_fast auto", AUTO)):
+        for name, attention in attentions.items():
             set_attention(model, attention)
             result = evaluate(model, AntibodyDataset(data, split), device)
             row = {"suite": "accuracy", "split": split, "impl": name, "recycles": model.config.recycles}

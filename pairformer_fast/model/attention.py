@@ -137,10 +137,10 @@ class TriangleUpdate:
             attended = core(q, k, v, core.factors(*self.tokens(z, pair_mask), q) if bias is None else bias, mask)
             return self._finish(z, attended, dropout, out)
         q, k, mask = self.sample(z, pair_mask)
-        if bias_weight is None:
+        if core.learned:
             decided: Tensor | Factors = core.factors(*self.tokens(z, pair_mask), q)
         else:
-            decided = core.decide(q, k, self._project(z, None, bias_weight)[1], mask)
+            decided = core.decide(q, k, self.bias(z), mask)
         rows = z.shape[2 if self.ending else 1]
         out = torch.empty_like(z) if out is None else out
         for start in range(0, rows, slab):
@@ -150,6 +150,10 @@ class TriangleUpdate:
             scale = None if dropout is None else self._rows(dropout.expand(z.shape), part)
             self._finish(some, attended, scale, self._rows(out, part))
         return out
+
+    def bias(self, z: Tensor) -> Tensor:
+        """Dense pair bias ``[B, H, N, N]``."""
+        return self._project(z, None, self.module.linear_z.weight)[1]
 
     def tokens(self, z: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What a factor network reads: features ``[B, N, 2 C_z]``, and which tokens are kept, ``[B, N]``."""
@@ -211,7 +215,7 @@ class AttentionPairBias(Configured):
     def forward(self, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """Add the update to ``s [B, N, C_s]``, from ``z [B, N, N, C_z]`` under the bool ``mask [B, N]``."""
         core, norm, row = self.mha.core, NormParameters.of(self.layer_norm_a), s.unsqueeze(1)
-        q, k, v = self._heads(row)
+        q, k, v = self.heads(row)
         bias = core.factors(self.tokens(s, z, mask), mask, q) if core.learned else self.bias(z)
         attended = core(q, k, v, bias, mask).flatten(-2).unsqueeze(1)
         gate, last = self.mha.linear_g.weight, self.mha.linear_o.weight
@@ -227,8 +231,8 @@ class AttentionPairBias(Configured):
         means = token_means(z, NormParameters.of(self.layer_norm_z), mask, self.config.backend)
         return torch.cat([means, single_tokens(s, NormParameters.of(self.layer_norm_a)).to(means.dtype)], dim=-1)
 
-    def _heads(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[B, N, H, D]`` of ``s [B, 1, N, C_s]``."""
+    def heads(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (not scaled), k and v ``[B, N, H, D]`` of ``s [B, 1, N, C_s]``."""
         norm = NormParameters.of(self.layer_norm_a)
         projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=FEW_TOKENS)
         q, k, v = heads(self.mha, projected.squeeze(1))

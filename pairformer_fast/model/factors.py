@@ -41,12 +41,17 @@ def attention_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Features of a token and heads, by the path of each attention core."""
     found = {}
     for path, module in model.named_modules():
-        core = f"{path}.{CORE}" if path else CORE
+        core = core_path(path)
         if isinstance(module, TriangleAttention):
             found[core] = (2 * module.linear_z.in_features, module.mha.no_heads)
         elif isinstance(module, AttentionPairBias):
             found[core] = (2 * module.linear_z.in_features + module.mha.linear_q.in_features, module.mha.no_heads)
     return found
+
+
+def core_path(path: str) -> str:
+    """Path of the core of the attention at ``path``."""
+    return f"{path}.{CORE}" if path else CORE
 
 
 def load_factors(path: str | Path, model: nn.Module, checkpoint: str | Path | None = None) -> FactorNetworks:
