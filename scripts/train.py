@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from pairformer_fast.config import BiasMethod
 from pairformer_fast.training.loop import train
 from pairformer_fast.training.settings import TrainAttention, TrainConfig
 
@@ -26,7 +27,8 @@ def main(
     try:
         preset = TrainConfig.from_yaml(config)
         given = {name: value for name, value in (("bias", bias), ("rank", rank)) if value is not None}
-        attention = TrainAttention.model_validate(preset.attention.model_dump(exclude_unset=True) | given)
+        kept = {"backend"} if bias == BiasMethod.DENSE else None
+        attention = TrainAttention.model_validate(preset.attention.model_dump(include=kept, exclude_unset=True) | given)
         done = train(preset.model_copy(update={"attention": attention}), data, output, minutes)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+import yaml
 from torch import Tensor
+from typer.testing import CliRunner
 
 from pairformer_fast.bias import (
     FactorNetworks,
@@ -25,7 +28,7 @@ from pairformer_fast.training.losses import compute_losses, term_weights
 from pairformer_fast.training.settings import TrainAttention
 from pairformer_fast.training.step import GradientStep
 
-from .test_loop import CONFIG, STEPS, batches, data, log, noisy_model, one_thread, run_script
+from .test_loop import CONFIG, STEPS, batches, data, log, noisy_model, one_thread
 
 LEARNED = CONFIG.model_copy(update={"attention": TrainAttention(bias="learned", rank=3, hidden=8, table=2)})
 PARTS = ("model", "average", "networks", "average_networks")
@@ -100,12 +103,29 @@ def test_a_run_of_another_kind_is_not_gone_on_with(data, uninterrupted, attentio
     assert (uninterrupted / STATE_FILE).read_bytes() == before
 
 
-def test_networks_of_a_dense_run_are_refused(repository: Path, tmp_path: Path) -> None:
+def test_networks_of_a_dense_run_are_refused() -> None:
     with pytest.raises(ValueError, match="rank is for factor networks: drop it or set bias learned"):
         TrainAttention(rank=4)
-    result = run_script(repository, "--rank", "4", "--data", str(tmp_path), "--output", str(tmp_path / "run"))
-    assert result.returncode == 2
-    assert "drop it or set bias learned" in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+def test_script_switches_between_dense_bias_and_learned_factors(script, monkeypatch, tmp_path: Path) -> None:
+    preset, asked = tmp_path / "preset.yaml", []
+    model = LEARNED.model_dump(mode="json", exclude_defaults=True)
+    preset.write_text(yaml.safe_dump(model | {"attention": {"bias": "learned", "rank": 16}}))
+    module, app = script("train"), typer.Typer()
+    app.command()(module.main)
+    monkeypatch.setattr(module, "train", lambda config, *_: asked.append(config.attention))
+
+    def run(*options: str):
+        return CliRunner().invoke(app, ["--config", str(preset), *options])
+
+    for options in ((), ("--rank", "8"), ("--bias", "dense")):
+        assert run(*options).exit_code == 0
+    learned = TrainAttention(bias="learned", rank=16)
+    assert asked == [learned, learned.model_copy(update={"rank": 8}), TrainAttention()]
+    refused = run("--bias", "dense", "--rank", "8")
+    assert (refused.exit_code, "rank is for factor networks" in refused.output) == (2, True)
+    assert run("--bias", "svd").exit_code == 2
 
 
 def learned_model(device: str) -> tuple[FoldingModel, FactorNetworks]:
