@@ -1,6 +1,14 @@
 """Pair bias to factors: decompositions, closed forms, certificate, policy, and the attention that uses them."""
 
-from pairformer_fast.bias.attention import BiasReport, Configured, PairBiasAttention, collect_reports, set_attention
+from pairformer_fast.bias.attention import (
+    BiasReport,
+    Configured,
+    Decision,
+    PairBiasAttention,
+    collect_reports,
+    observed_decisions,
+    set_attention,
+)
 from pairformer_fast.bias.certificate import Certificate, certify
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.landmark import BiasLines, Landmarks, SampledFactors, factorize_lines
@@ -14,6 +22,7 @@ __all__ = [
     "BiasReport",
     "Certificate",
     "Configured",
+    "Decision",
     "Factorization",
     "Landmarks",
     "MissingFactorNetworksError",
@@ -23,6 +32,7 @@ __all__ = [
     "collect_reports",
     "factorize",
     "factorize_lines",
+    "observed_decisions",
     "relative_position",
     "set_attention",
 ]

@@ -63,7 +63,7 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings, progress: P
     """
     jobs = read_fasta(fasta)
     out = Path(out)
-    _check_output(out, jobs)
+    check_output(out, jobs)
     check_request(jobs, settings)
     predictor = Predictor(settings)
     wanted = {ACCELERATED: settings.accelerated, REFERENCE: settings.reference}
@@ -95,7 +95,14 @@ def check_request(jobs: list[Job], settings: FoldSettings) -> None:
     check_memory(jobs, config, device)
 
 
-def _check_output(out: Path, jobs: list[Job]) -> None:
+def check_output(out: Path, jobs: list[Job]) -> None:
+    """Refuse an output folder in which the jobs' folders cannot be made.
+
+    Raises
+    ------
+    InputError
+        Naming what is in the way.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: exists and is no folder; choose another")
     for job in jobs:
