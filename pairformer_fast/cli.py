@@ -16,7 +16,7 @@ from rich.table import Table
 
 from pairformer_fast.config import BiasMethod
 from pairformer_fast.inference.errors import InputError
-from pairformer_fast.inference.settings import Attention, FoldSettings, Precision
+from pairformer_fast.inference.settings import Attention, FoldSettings, Model, Precision
 
 if TYPE_CHECKING:
     from pairformer_fast.inference.compare import Comparison
@@ -86,9 +86,15 @@ def fold(
         ),
     ] = None,
     checkpoint: CheckpointOption = None,
+    model: Annotated[Model, typer.Option(help="openfold3 takes its own --checkpoint.")] = Model.PAIRFORMER,
+    msa_dir: Annotated[
+        Path | None, typer.Option(help="Folder with ID.a3m or ID_CHAIN.a3m for every chain (openfold3).")
+    ] = None,
+    runner_yaml: Annotated[Path | None, typer.Option(help="Further settings in OpenFold3's format.")] = None,
 ) -> None:
     """Fold every record of a FASTA file; write structures, comparison and run.json to OUT."""
     settings = FoldSettings(
+        model=model,
         attention=attention,
         bias=bias,
         rank=rank,
@@ -99,7 +105,18 @@ def fold(
         recycles=recycles,
         compare=compare,
         checkpoint=checkpoint,
+        msa_dir=msa_dir,
+        runner_yaml=runner_yaml,
     )
+    report = (_fold_with_openfold3 if model is Model.OPENFOLD3 else _fold)(fasta, out, settings)
+    Console().print(_fold_table(report))
+    for job in report.failed:
+        _complain(f"job {job.id} failed: {job.error}")
+    if report.failed:
+        raise typer.Exit(FAILED)
+
+
+def _fold(fasta: Path, out: Path, settings: FoldSettings) -> RunReport:
     from pairformer_fast.inference.fasta import read_fasta
 
     read_fasta(fasta)  # answers bad input before the model's libraries are imported
@@ -109,12 +126,16 @@ def fold(
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        report = pipeline.fold(fasta, out, settings, progress)
-    Console().print(_fold_table(report))
-    for job in report.failed:
-        _complain(f"job {job.id} failed: {job.error}")
-    if report.failed:
-        raise typer.Exit(FAILED)
+        return pipeline.fold(fasta, out, settings, progress)
+
+
+def _fold_with_openfold3(fasta: Path, out: Path, settings: FoldSettings) -> RunReport:
+    from pairformer_fast.inference.openfold3_input import read_input
+
+    read_input(fasta, settings)  # answers bad input before torch and OpenFold3 are imported
+    from pairformer_fast.integrations import openfold3_fold
+
+    return openfold3_fold.fold(fasta, out, settings)
 
 
 @app.command("inspect")

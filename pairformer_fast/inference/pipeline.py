@@ -15,7 +15,7 @@ from pairformer_fast.config import AttentionConfig
 from pairformer_fast.inference.compare import Comparison, compare_structures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job, read_fasta
-from pairformer_fast.inference.files import write_atomically
+from pairformer_fast.inference.files import publish, write_atomically
 from pairformer_fast.inference.predict import (
     PathResult,
     Predictor,
@@ -23,13 +23,12 @@ from pairformer_fast.inference.predict import (
     resolve_checkpoint,
     resolve_device,
 )
-from pairformer_fast.inference.report import ACCELERATED, REFERENCE, JobReport, RunReport, comparison_json
+from pairformer_fast.inference.report import ACCELERATED, OUTPUTS, REFERENCE, JobReport, RunReport, comparison_json
 from pairformer_fast.inference.settings import FoldSettings
 from pairformer_fast.inference.validate import check_bias, check_domain, check_memory
 from pairformer_fast.inference.writer import write_mmcif
 
 _LOG = logging.getLogger(__name__)
-_OUTPUTS = (f"{ACCELERATED}.cif", f"{REFERENCE}.cif", "comparison.json")
 
 
 def fold(fasta: str | Path, out: str | Path, settings: FoldSettings, progress: Progress | None = None) -> RunReport:
@@ -133,7 +132,7 @@ def _run(
             results[name] = predictor.predict(job, attention)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
             comparison = _write(job, results, Path(scratch))
-            _publish(job, Path(scratch), out / job.id)
+            publish(Path(scratch), out / job.id, [f"{job.id}_{name}" for name in OUTPUTS])
     except Exception as error:  # whatever breaks one job must not stop the others
         _LOG.info("job %s failed", job.id, exc_info=True)
         return pending.failed(error)
@@ -149,14 +148,3 @@ def _write(job: Job, results: dict[str, PathResult], folder: Path) -> Comparison
     comparison = compare_structures(files[ACCELERATED], files[REFERENCE])
     write_atomically(folder / f"{job.id}_comparison.json", comparison_json(job, results, comparison))
     return comparison
-
-
-def _publish(job: Job, scratch: Path, folder: Path) -> None:
-    """Move finished files to their place and remove those of an earlier run that this one did not make."""
-    folder.mkdir(exist_ok=True)
-    for name in _OUTPUTS:
-        file = f"{job.id}_{name}"
-        if (scratch / file).exists():
-            os.replace(scratch / file, folder / file)
-        else:
-            (folder / file).unlink(missing_ok=True)

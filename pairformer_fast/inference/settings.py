@@ -10,6 +10,13 @@ from pydantic import Field, model_validator
 from pairformer_fast.config import DEFAULT_TOLERANCE, AttentionConfig, BiasMethod, Frozen
 
 
+class Model(StrEnum):
+    """What predicts: ``pairformer`` is this package's model, ``openfold3`` is OpenFold3 with attention swapped."""
+
+    PAIRFORMER = "pairformer"
+    OPENFOLD3 = "openfold3"
+
+
 class Attention(StrEnum):
     """Which path predicts: ``flashbias`` is the accelerated one, ``auto`` takes it."""
 
@@ -31,6 +38,8 @@ class FoldSettings(Frozen):
 
     Attributes
     ----------
+    model : Model
+        ``openfold3`` is for :func:`pairformer_fast.integrations.openfold3_fold.fold`.
     attention : Attention
         ``reference`` runs the unaccelerated model only.
     bias : BiasMethod
@@ -50,9 +59,14 @@ class FoldSettings(Frozen):
     compare : bool, optional
         Also predict with the reference and compare. By default yes, unless ``attention`` is ``reference``.
     checkpoint : Path, optional
-        Weights; the bundled ones if omitted.
+        Weights; the bundled ones if omitted. OpenFold3 needs one of its own.
+    msa_dir : Path, optional
+        Folder with alignments, for OpenFold3.
+    runner_yaml : Path, optional
+        Further settings of OpenFold3, in its format.
     """
 
+    model: Model = Model.PAIRFORMER
     attention: Attention = Attention.AUTO
     bias: BiasMethod = BiasMethod.AUTO
     rank: int | None = Field(default=None, ge=1)
@@ -63,6 +77,26 @@ class FoldSettings(Frozen):
     recycles: int | None = Field(default=None, ge=0)
     compare: bool | None = None
     checkpoint: Path | None = None
+    msa_dir: Path | None = None
+    runner_yaml: Path | None = None
+
+    @model_validator(mode="after")
+    def _of_the_chosen_model(self) -> FoldSettings:
+        if self.model is Model.PAIRFORMER:
+            for option, value in {"--msa-dir": self.msa_dir, "--runner-yaml": self.runner_yaml}.items():
+                if value is not None:
+                    raise ValueError(f"{option} is for --model openfold3: drop it or choose that model")
+            return self
+        if self.checkpoint is None:
+            raise ValueError("--model openfold3 needs --checkpoint FILE: its weights do not come with this package")
+        if ":" in self.device:
+            raise ValueError(
+                f"--device {self.device}: OpenFold3 takes the first GPU it sees; choose --device cuda and hide the "
+                "others with CUDA_VISIBLE_DEVICES"
+            )
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed {self.seed}: OpenFold3 takes seeds below 2**32")
+        return self
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> FoldSettings:
