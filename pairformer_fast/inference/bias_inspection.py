@@ -51,7 +51,8 @@ class Quality(Frozen):
     bound : list of float
         tanh(eps / 2), guaranteed bound on the total variation of attention weights.
     probed_mean, probed_max : list of float
-        Total variation (0 to 1) measured on sampled queries.
+        Total variation (0 to 1) measured on sampled queries. Never above the bound but for rounding of the attention
+        weights, which shows where factors are exact.
     """
 
     rank: list[int]
