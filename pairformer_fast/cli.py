@@ -16,10 +16,11 @@ from rich.table import Table
 
 from pairformer_fast.config import BiasMethod
 from pairformer_fast.inference.errors import InputError
-from pairformer_fast.inference.settings import Attention, FoldSettings, Precision
+from pairformer_fast.inference.settings import Attention, FoldSettings, Model, Precision
 
 if TYPE_CHECKING:
     from pairformer_fast.inference.compare import Comparison
+    from pairformer_fast.inference.inspection_run import JobInspection
     from pairformer_fast.inference.regress import Regression
     from pairformer_fast.inference.report import JobReport, RunReport
 
@@ -37,6 +38,18 @@ CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="Weights (safetensors). Bundled antibody weights if omitted.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:INDEX.")]
+FastaArgument = Annotated[Path, typer.Argument(metavar="IN.fasta", help="One record a job; ':' joins chains.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")]
+BiasOption = Annotated[BiasMethod, typer.Option("--bias", help="What becomes of the pair bias.")]
+RankOption = Annotated[int | None, typer.Option("--rank", help="Fixed rank of the factors.")]
+ToleranceOption = Annotated[
+    float | None, typer.Option("--tolerance", help="Largest change of attention weights, 0 to 1.")
+]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="auto: fp32 on a CPU, bf16 on CUDA.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Random seed.")]
+RecyclesOption = Annotated[
+    int | None, typer.Option("--recycles", help="Recycles; the checkpoint's default if omitted.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,16 +69,16 @@ def _options(
 
 @app.command()
 def fold(
-    fasta: Annotated[Path, typer.Argument(metavar="IN.fasta", help="One record a job; ':' joins chains.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
+    fasta: FastaArgument,
+    out: OutArgument,
     attention: Annotated[Attention, typer.Option(help="Path that predicts; auto is flashbias.")] = Attention.AUTO,
-    bias: Annotated[BiasMethod, typer.Option(help="What becomes of the pair bias.")] = BiasMethod.AUTO,
-    rank: Annotated[int | None, typer.Option(help="Fixed rank of the factors.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Largest change of attention weights, 0 to 1.")] = None,
+    bias: BiasOption = BiasMethod.AUTO,
+    rank: RankOption = None,
+    tolerance: ToleranceOption = None,
     device: DeviceOption = "auto",
-    precision: Annotated[Precision, typer.Option(help="auto: fp32 on a CPU, bf16 on CUDA.")] = Precision.AUTO,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    recycles: Annotated[int | None, typer.Option(help="Recycles; the checkpoint's default if omitted.")] = None,
+    precision: PrecisionOption = Precision.AUTO,
+    seed: SeedOption = 0,
+    recycles: RecyclesOption = None,
     compare: Annotated[
         bool | None,
         typer.Option(
@@ -76,9 +89,15 @@ def fold(
     factors: Annotated[
         Path | None, typer.Option(help="Networks for --bias learned; CHECKPOINT.factors.safetensors if omitted.")
     ] = None,
+    model: Annotated[Model, typer.Option(help="openfold3 takes its own --checkpoint.")] = Model.PAIRFORMER,
+    msa_dir: Annotated[
+        Path | None, typer.Option(help="Folder with ID.a3m or ID_CHAIN.a3m for every chain (openfold3).")
+    ] = None,
+    runner_yaml: Annotated[Path | None, typer.Option(help="Further settings in OpenFold3's format.")] = None,
 ) -> None:
     """Fold every record of a FASTA file; write structures, comparison and run.json to OUT."""
     settings = FoldSettings(
+        model=model,
         attention=attention,
         bias=bias,
         rank=rank,
@@ -90,7 +109,18 @@ def fold(
         compare=compare,
         checkpoint=checkpoint,
         factors=factors,
+        msa_dir=msa_dir,
+        runner_yaml=runner_yaml,
     )
+    report = (_fold_with_openfold3 if model is Model.OPENFOLD3 else _fold)(fasta, out, settings)
+    Console().print(_fold_table(report))
+    for job in report.failed:
+        _complain(f"job {job.id} failed: {job.error}")
+    if report.failed:
+        raise typer.Exit(FAILED)
+
+
+def _fold(fasta: Path, out: Path, settings: FoldSettings) -> RunReport:
     from pairformer_fast.inference.fasta import read_fasta
 
     read_fasta(fasta)  # answers bad input before the model's libraries are imported
@@ -100,10 +130,65 @@ def fold(
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        report = pipeline.fold(fasta, out, settings, progress)
-    Console().print(_fold_table(report))
-    for job in report.failed:
-        _complain(f"job {job.id} failed: {job.error}")
+        return pipeline.fold(fasta, out, settings, progress)
+
+
+def _fold_with_openfold3(fasta: Path, out: Path, settings: FoldSettings) -> RunReport:
+    from pairformer_fast.inference.openfold3_input import read_input
+
+    read_input(fasta, settings)  # answers bad input before torch and OpenFold3 are imported
+    from pairformer_fast.integrations import openfold3_fold
+
+    return openfold3_fold.fold(fasta, out, settings)
+
+
+@app.command("inspect")
+def inspect_pair_biases(
+    fasta: FastaArgument,
+    out: OutArgument,
+    bias: BiasOption = BiasMethod.AUTO,
+    method: Annotated[
+        list[BiasMethod] | None,
+        typer.Option(help="Measured at a ladder of ranks, may be repeated: svd, randomised, structured, landmark."),
+    ] = None,
+    rank: RankOption = None,
+    tolerance: ToleranceOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = Precision.AUTO,
+    seed: SeedOption = 0,
+    recycles: RecyclesOption = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Show what a model's pair biases are like for each record of a FASTA file, and what factors of them cost."""
+    settings = FoldSettings(
+        bias=bias,
+        rank=rank,
+        tolerance=tolerance,
+        device=device,
+        precision=precision,
+        seed=seed,
+        recycles=recycles,
+        compare=False,
+        checkpoint=checkpoint,
+    )
+    from pairformer_fast.inference.fasta import read_fasta
+
+    read_fasta(fasta)  # answers bad input before the model's libraries are imported
+    from rich.progress import Progress
+
+    from pairformer_fast.inference.inspection_run import inspect_biases
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        report = inspect_biases(fasta, out, settings, method or (), progress)
+    for job in report.jobs:
+        Console().print(_inspection_table(job))
+    if report.jobs and not report.plotted:
+        _complain(
+            "matplotlib is missing, only inspect.json was written; for plots: pip install 'pairformer_fast[plot]'"
+        )
+    for job_id, reason in report.failed.items():
+        _complain(f"job {job_id} failed: {reason}")
     if report.failed:
         raise typer.Exit(FAILED)
 
@@ -232,6 +317,37 @@ def _fold_row(job: JobReport) -> list[str]:
         _number(seconds.get("reference"), 2),
         _number(job.speed_up, 2),
     ]
+
+
+def _inspection_table(job: JobInspection) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{job.id}: pair biases of {job.residues} residues",
+        caption=(
+            "over heads: rank of the factors (in brackets if the bias stayed dense), least energy of as many singular "
+            "values, largest eps, bound, probed mean and probed maximum, share of tiles with a bound above "
+            f"{job.tolerance:g}"
+        ),
+    )
+    table.add_column("attention", overflow="fold", min_width=12)
+    for name in ("rank", "energy", "eps", "bound", "mean", "max", "tiles"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, attention in zip(job.labels, job.attentions, strict=True):
+        factors = attention.factors
+        low, high = min(factors.rank), max(factors.rank)
+        ranks = str(low) if low == high else f"{low}-{high}"
+        energy = min(s.energy[r - 1] if r else 0.0 for s, r in zip(attention.spectrum, factors.rank, strict=True))
+        table.add_row(
+            label,
+            f"({ranks})" if attention.choice == "dense" else ranks,
+            f"{energy:.0%}",
+            *(_number(max(values), 3) for values in (factors.eps, factors.bound)),
+            *(_number(max(values), 3) for values in (factors.probed_mean, factors.probed_max)),
+            f"{attention.dense_share:.0%}",
+        )
+    return table
 
 
 def _comparison_table(c: Comparison) -> Table:

@@ -72,8 +72,8 @@ class AttentionConfig(Frozen):
         the best ones for less, ``structured`` by a table of relative positions and factors, ``landmark`` by factors
         from rows and columns at a few tokens; ``auto`` takes those of ``svd`` where they meet ``tolerance`` at a rank
         that can pay, and the dense bias elsewhere and wherever Triton kernels run; ``learned`` takes factors
-        of the networks that are attached to the model (:func:`~pairformer_fast.bias.attach_factors`), at their rank, and
-        never computes the N x N bias.
+        of the networks that are attached to the model (:func:`~pairformer_fast.bias.attach_factors`), at their rank,
+        and never computes the N x N bias.
     rank : int, optional
         Fixed rank for every head. Excludes a search by tolerance.
     tolerance : float

@@ -15,6 +15,7 @@ from pairformer_fast.inference.writer import write_mmcif
 
 from .inference.conftest import fake_model, fasta
 from .inference.fakes import helix, make_job
+from .inference.test_end_to_end import weights
 
 ONE = "MKTAYIAKQRQISFVKSHFSRQDEERLGLIEVQ"
 
@@ -75,7 +76,7 @@ def test_help_and_bad_fasta_do_not_import_torch(tmp_path):
         "import sys\nfrom pairformer_fast.cli import main\ntry:\n main()\nexcept SystemExit as e:\n"
         " print(e.code, 'torch' in sys.modules)"
     )
-    for args, status in ([["--help"], 0], [["fold", "in.fasta", "out"], 2]):
+    for args, status in ([["--help"], 0], [["fold", "in.fasta", "out"], 2], [["inspect", "in.fasta", "out"], 2]):
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
         assert done.stdout.splitlines()[-1] == f"{status} False"
 
@@ -188,4 +189,53 @@ def test_learned_factors_are_refused_before_the_model_is_loaded(tmp_path):
     result = run_process("fold", source, tmp_path / "out", "--bias", "learned", cwd=tmp_path)
     assert result.returncode == 2
     assert "no factor networks" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_prints_a_table_and_says_what_plots_need(weights, run, fasta, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "pairformer_fast.inference.inspection_plots", raising=False)
+    monkeypatch.setattr(cli, "Console", partial(Console, width=80))
+    options = ["--checkpoint", weights, "--rank", 3, "--bias", "svd", "--recycles", 0, "--device", "cpu"]
+    status, out, err = run("inspect", fasta(f">fv\n{ONE}\n"), tmp_path / "out", *options, "--method", "landmark")
+    assert status == 0
+    assert "…" not in out
+    rows = [line.split() for line in out.splitlines() if "pair_" in line]
+    assert [row[:2] for row in rows[:3]] == [
+        ["0.pair_stack.tri_att_start", "3"],
+        ["0.pair_stack.tri_att_end", "3"],
+        ["0.attn_pair_bias", "3"],
+    ]
+    content = json.loads((tmp_path / "out" / "fv" / "inspect.json").read_text())
+    assert {rung["method"] for attention in content["attentions"] for rung in attention["ladder"]} == {"landmark"}
+    assert os.listdir(tmp_path / "out" / "fv") == ["inspect.json"]
+    assert "only inspect.json was written" in err
+    assert "pip install 'pairformer_fast[plot]'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "4", "--tolerance", "0.1"], "exclude each other"),
+        (["--bias", "dense", "--rank", "4"], "bias is dense"),
+        (["--tolerance", "0"], "--tolerance: Input should be greater than 0"),
+        (["--method", "auto"], "choose svd, randomised, structured, landmark"),
+        (["--method", "magic"], "magic"),
+        (["--compare"], "--compare"),
+        (["--checkpoint", "nope.safetensors"], "no such file"),
+    ],
+)
+def test_bad_options_of_inspect_are_one_line_and_status_2(fake_model, run, fasta, tmp_path, options, message):
+    status, out, err = run("inspect", fasta(f">a\n{ONE}\n"), tmp_path / "out", *options)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_names_jobs_that_failed(fake_model, run, fasta, tmp_path):
+    status, _, err = run("inspect", fasta(f">a\n{ONE}\n"), tmp_path / "out")  # the fake has no attention
+    assert status == 1
+    assert "job a failed: FakeModel has no PairBiasAttention" in err
     assert not (tmp_path / "out").exists()

@@ -18,18 +18,9 @@ from pairformer_fast.kernels.flash_bias.triton_backward_kernels import (
     pairs_kernel,
     prepare_kernel,
 )
-from pairformer_fast.kernels.flash_bias.triton_common import (
-    bias_operand,
-    choose_tiles,
-    matrix,
-    on_device,
-    padded,
-    precision,
-    rank_of,
-    rows,
-    tokens,
-)
+from pairformer_fast.kernels.flash_bias.triton_common import bias_operand, choose_tiles, matrix, rank_of, rows, tokens
 from pairformer_fast.kernels.flash_bias.triton_tiles import Tiles
+from pairformer_fast.kernels.launching import on_device, padded, precision
 
 PREPARE_BLOCK = 64
 MAX_CHUNKS = 16

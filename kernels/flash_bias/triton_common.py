@@ -8,7 +8,6 @@ Neither q nor the factors are scaled beforehand, which would round them once mor
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -118,17 +117,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
-def padded(width: int) -> int:
-    """Smallest width that ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def rank_of(terms: BiasTerms) -> int:
     """Rank of the factors, 0 without."""
     return 0 if terms.phi_q is None else terms.phi_q.shape[-1]
@@ -139,11 +127,6 @@ def choose_tiles(kind: str, q: Tensor, terms: BiasTerms) -> Tiles:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     tiles = tile_sizes(kind, q.dtype, q.shape[-1], rank_of(terms), q.shape[2], capability)
     return tiles if q.shape[1] > 1 else tiles._replace(group=1)
-
-
-def on_device(q: Tensor) -> AbstractContextManager:
-    """Make the device of ``q`` current, where Triton launches."""
-    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
 
 @triton.jit

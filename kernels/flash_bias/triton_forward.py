@@ -25,9 +25,6 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     load_tokens,
     load_vector,
     locate,
-    on_device,
-    padded,
-    precision,
     rank_of,
     row_pointer,
     rows,
@@ -35,6 +32,7 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     tokens,
 )
 from pairformer_fast.kernels.flash_bias.triton_tiles import Tiles
+from pairformer_fast.kernels.launching import on_device, padded, precision
 
 
 @triton.jit

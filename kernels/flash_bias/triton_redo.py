@@ -25,8 +25,6 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     load_factors,
     load_tokens,
     load_vector,
-    on_device,
-    padded,
     rank_of,
     row_pointer,
     rows,
@@ -34,6 +32,7 @@ from pairformer_fast.kernels.flash_bias.triton_common import (
     tokens,
 )
 from pairformer_fast.kernels.flash_bias.triton_forward import online_softmax_update
+from pairformer_fast.kernels.launching import on_device, padded
 
 BLOCK = 64
 TILES_PER_PROGRAM = 64

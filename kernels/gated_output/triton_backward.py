@@ -19,13 +19,11 @@ from pairformer_fast.kernels.gated_output.triton_common import (
     load_tokens,
     load_weight,
     locate,
-    on_device,
-    padded,
-    precision,
     programs,
     store_tokens,
     tokens,
 )
+from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows, unit_rows
 

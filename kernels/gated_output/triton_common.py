@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pairformer_fast.kernels.launching import processors
 
 ONE: tl.constexpr = tl.constexpr(1)
 COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -90,25 +91,7 @@ def programs(count: int, tiles: Tiles, device: torch.device) -> int:
     """Programs to launch for ``count`` tiles."""
     if not tiles.programs:
         return count
-    # Three in the interpreter, so that programs take several tiles there as well.
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-    return min(count, tiles.programs * processors)
-
-
-def padded(width: int) -> int:
-    """Smallest width that ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def precision(compute: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
-    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def on_device(z: Tensor) -> AbstractContextManager:
-    """Make the device of ``z`` current, where Triton launches."""
-    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
+    return min(count, tiles.programs * processors(device))
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pairformer_fast.kernels.launching import on_device
 from pairformer_fast.kernels.layer_norm.parameters import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import unit_rows
 from pairformer_fast.kernels.layer_norm.triton_tokens import (
@@ -17,7 +18,6 @@ from pairformer_fast.kernels.layer_norm.triton_tokens import (
     layout,
     load_tokens,
     locate,
-    on_device,
     store_tokens,
     tokens,
 )

@@ -5,10 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,17 +73,6 @@ def as_pairs(x: Tensor) -> Tensor:
     if x.ndim > 4:
         return x.flatten(0, x.ndim - 4)
     return x[(None,) * (4 - x.ndim)]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Make the device of ``x`` current, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @triton.jit

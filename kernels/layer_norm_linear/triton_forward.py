@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pairformer_fast.kernels.launching import on_device, padded, processors
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
-from pairformer_fast.kernels.layer_norm.triton_tokens import (
-    Tokens,
-    layout,
-    load_tokens,
-    locate,
-    on_device,
-    token_offsets,
-    tokens,
-)
+from pairformer_fast.kernels.layer_norm.triton_tokens import Tokens, layout, load_tokens, locate, token_offsets, tokens
 
 RESIDENT_ENTRIES = 384 * 128
 """Largest weight that fits into shared memory beside two tiles of tokens in fp32."""
@@ -209,7 +201,7 @@ def forward(
     count = plan.tiles(block)
     kernel, programs = streamed_kernel, count
     if tiles.resident:
-        kernel, programs = resident_kernel, min(count, tiles.resident * _multiprocessors(z))
+        kernel, programs = resident_kernel, min(count, tiles.resident * processors(z.device))
     with on_device(z):
         kernel[(programs,)](
             *plan.operands,
@@ -225,9 +217,9 @@ def forward(
             OUT=0 if weight is None else weight.shape[0],
             P=0 if planar_weight is None else planar_weight.shape[0],
             EPS=norm.eps,
-            BLOCK_C=_padded(channels),
+            BLOCK_C=padded(channels),
             BLOCK_O=tiles.outputs,
-            BLOCK_P=16 if planar_weight is None else _padded(planar_weight.shape[0]),
+            BLOCK_P=16 if planar_weight is None else padded(planar_weight.shape[0]),
             BLOCK_I=block[0],
             BLOCK_J=block[1],
             STAGES=tiles.stages,
@@ -240,17 +232,9 @@ def tile_sizes(channels: int, outputs: int) -> Tiles:
     if outputs == 0:
         return Tiles(64, 16, 4, 3, 4) if channels <= 128 else Tiles(64, 16, 4, 1, 0)
     if channels > 128:
-        return Tiles(64, min(64, _padded(outputs)), 4, 2, 0)
-    if _padded(channels) * outputs > RESIDENT_ENTRIES:
+        return Tiles(64, min(64, padded(outputs)), 4, 2, 0)
+    if padded(channels) * outputs > RESIDENT_ENTRIES:
         return Tiles(128, 64, 8, 3, 0)
     if channels > 64:
-        return Tiles(64, min(128, _padded(outputs)), 8, 3, 1)
-    return Tiles(128, min(64, _padded(outputs)), 8, 2, 2)
-
-
-def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+        return Tiles(64, min(128, padded(outputs)), 8, 3, 1)
+    return Tiles(128, min(64, padded(outputs)), 8, 2, 2)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm_backward
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 from pairformer_fast.kernels.transition.triton_common import (
@@ -18,9 +19,6 @@ from pairformer_fast.kernels.transition.triton_common import (
     descriptor,
     keep_masked,
     load_rows,
-    on_device,
-    padded,
-    precision,
     programs,
     sigmoid,
     tokens,

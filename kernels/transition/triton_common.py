@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pairformer_fast.kernels.launching import processors
 
 ALIGNMENT = 16
 """Bytes to which the hardware that copies tiles wants addresses aligned."""
@@ -45,17 +46,6 @@ def tokens(x: Tensor | None) -> Tokens:
     return Tokens(None) if x is None else Tokens(x, *x.stride()[:3])
 
 
-def padded(channels: int) -> int:
-    """Width of a tile that holds the channels."""
-    return max(16, triton.next_power_of_2(channels))
-
-
-def precision(compute: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
-    return "tf32" if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def approximate(compute: torch.dtype) -> bool:
     """Whether the tanh of the hardware, 11 bits, is exact enough for the gate: that of bf16 has 8."""
     return compute == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
@@ -69,13 +59,7 @@ def descriptor(x: Tensor, compute: torch.dtype, block: list[int]) -> TensorDescr
 
 def programs(x: Tensor, count: int, tiles: Tiles) -> int:
     """How many programs share the tiles of ``count`` tokens: those that run at once."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return min(triton.cdiv(count, tiles.block_t), processors * tiles.resident)
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Make the device of ``x`` current, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return min(triton.cdiv(count, tiles.block_t), processors(x.device) * tiles.resident)
 
 
 @triton.jit

@@ -15,19 +15,14 @@ import triton
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm import layer_norm_backward
 from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
 from pairformer_fast.kernels.triangle_multiplication.triton_backward_kernels import (
     edges_backward_kernel,
     update_backward_kernel,
 )
-from pairformer_fast.kernels.triangle_multiplication.triton_common import (
-    Tiles,
-    aligned,
-    on_device,
-    padded,
-    precision,
-)
+from pairformer_fast.kernels.triangle_multiplication.triton_common import Tiles, aligned
 from pairformer_fast.kernels.triangle_multiplication.triton_forward import multiply, project
 
 STACKED = ("a", "a_gate", "b", "b_gate", "gate")

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from pairformer_fast.kernels.launching import processors
 
 ALIGNMENT = 8
 """Elements: rows of 16-bit numbers then start at multiples of 16 bytes, which cuBLAS wants."""
@@ -41,27 +41,11 @@ def aligned(tokens: int) -> int:
     return triton.cdiv(tokens, ALIGNMENT) * ALIGNMENT
 
 
-def padded(width: int) -> int:
-    """Smallest width that ``tl.dot`` takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def on_device(x: Tensor) -> AbstractContextManager:
-    """Make the device of ``x`` current, where Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def programs_of(tiles: Tiles, blocks: int, device: torch.device) -> int:
     """Programs that share ``blocks`` tiles of tokens."""
     if not tiles.programs:
         return blocks
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return min(blocks, tiles.programs * processors)
+    return min(blocks, tiles.programs * processors(device))
 
 
 @triton.jit

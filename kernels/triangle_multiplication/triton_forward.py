@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
 from pairformer_fast.kernels.triangle_multiplication.triton_common import (
@@ -20,9 +21,6 @@ from pairformer_fast.kernels.triangle_multiplication.triton_common import (
     aligned,
     load_weight,
     locate_tokens,
-    on_device,
-    padded,
-    precision,
     programs_of,
 )
 

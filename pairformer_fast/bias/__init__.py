@@ -3,10 +3,12 @@
 from pairformer_fast.bias.attention import (
     BiasReport,
     Configured,
+    Decision,
     PairBiasAttention,
     attach_factors,
     collect_reports,
     detach_factors,
+    observed_decisions,
     set_attention,
 )
 from pairformer_fast.bias.certificate import Certificate, certify
@@ -23,6 +25,7 @@ __all__ = [
     "BiasReport",
     "Certificate",
     "Configured",
+    "Decision",
     "FactorNetwork",
     "FactorNetworks",
     "Factorization",
@@ -38,6 +41,7 @@ __all__ = [
     "detach_factors",
     "factorize",
     "factorize_lines",
+    "observed_decisions",
     "relative_position",
     "set_attention",
 ]

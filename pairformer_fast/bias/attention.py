@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +69,30 @@ class Attached:
     network: FactorNetwork
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What one call of attention in evaluation mode was given and made of its bias, see :func:`observed_decisions`.
+
+    Attributes
+    ----------
+    q, k, mask : Tensor
+        As in :meth:`PairBiasAttention.decide`.
+    config : AttentionConfig
+        What was asked for.
+    outcome : Factorization
+        The dense bias, and the factors that replace it, if any do.
+    report : BiasReport
+        Summary of the outcome.
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    config: AttentionConfig
+    outcome: Factorization
+    report: BiasReport
+
+
 class Configured(nn.Module):
     """A part of a model that computes as an :class:`~pairformer_fast.config.AttentionConfig` says.
 
@@ -95,6 +122,7 @@ class PairBiasAttention(Configured):
         super().__init__()
         self.report: list[BiasReport] = []
         self.attached: Attached | None = None
+        self._observer: Callable[[Decision], None] | None = None
 
     @property
     def learned(self) -> bool:
@@ -171,7 +199,10 @@ class PairBiasAttention(Configured):
         """What becomes of the bias, reported in evaluation mode."""
         outcome = factorize(bias, self.config, q, k, mask)
         if not self.training:
-            self.report.append(BiasReport.of(outcome, chosen_backend(self.config.backend, q)))
+            report = BiasReport.of(outcome, chosen_backend(self.config.backend, q))
+            self.report.append(report)
+            if self._observer is not None:
+                self._observer(Decision(q, k, mask, self.config, outcome, report))
         return outcome
 
     def reset(self) -> None:
@@ -245,6 +276,34 @@ def collect_reports(model: nn.Module) -> list[dict[str, Any]]:
         If the model has no :class:`PairBiasAttention`.
     """
     return [{"name": path, **asdict(report)} for path, module in _attentions(model).items() for report in module.report]
+
+
+@contextmanager
+def observed_decisions(model: nn.Module, observer: Callable[[str, Decision], None]) -> Iterator[None]:
+    """Show every decision about a bias to ``observer`` while the body of a ``with`` statement runs the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model; nothing else in it changes.
+    observer : callable
+        Takes the path of the attention module within the model, as in :func:`collect_reports`, and the decision. It is
+        called before attention is computed; its tensors must not be changed.
+
+    Raises
+    ------
+    ValueError
+        If the model has no :class:`PairBiasAttention`.
+    """
+    cores = _attentions(model)
+    before = {path: core._observer for path, core in cores.items()}
+    try:
+        for path, core in cores.items():
+            core._observer = partial(observer, path)
+        yield
+    finally:
+        for path, core in cores.items():
+            core._observer = before[path]
 
 
 def _attentions(model: nn.Module) -> dict[str, PairBiasAttention]:

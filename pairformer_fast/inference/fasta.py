@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
 from pathlib import Path
 from string import ascii_uppercase
@@ -18,6 +18,8 @@ from pairformer_fast.model.residue import RESTYPES
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _RESERVED = {"run.json"}
 _PAIR_TAGS = ("H", "L")
+_TYPED_HEADER = re.compile(r"([^|]*)\|(protein|dna|rna|ccd|smiles)(?:\|(.*))?", re.IGNORECASE)
+_CHAIN_NAME = re.compile(r"[A-Za-z0-9]{1,4}")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class Chain:
         Id of the FASTA record it comes from, as written there.
     line : int
         Line of that record's header, from 1.
+    msa : str
+        File of its alignment as the header names it; empty where it names none.
     """
 
     sequence: str
     name: str
     record: str
     line: int
+    msa: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Job:
 @dataclass(frozen=True)
 class _Record:
     id: str
+    header: str
     line: int
     seq: Seq
     lines: list[str]
@@ -89,8 +95,61 @@ def read_fasta(path: str | Path) -> list[Job]:
         empty, has letters other than the twenty standard residues, or an id that is unsafe as a folder name or
         taken. The message names the record and the line.
     """
+    return _jobs(_records(Path(path)))
+
+
+def read_complexes(path: str | Path) -> list[Job]:
+    """Read folding jobs as :func:`read_fasta`, or one job in the style of Boltz.
+
+    Where every record is ``>CHAIN|protein`` or ``>CHAIN|protein|MSA.a3m``, each is a chain of one complex that is
+    named after the file; ``empty`` in the place of the alignment asks for none.
+
+    Parameters
+    ----------
+    path : str or Path
+        A FASTA file in UTF-8.
+
+    Returns
+    -------
+    list[Job]
+        In the order of the file.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_fasta`; also if only some records have such headers, for other molecules than proteins, and for
+        chain names that are no chain names or repeated.
+    """
+    path = Path(path)
+    records = _records(path)
+    headers = [_TYPED_HEADER.fullmatch(record.header.strip()) for record in records]
+    if not any(headers):
+        return _jobs(records)
+    if not _SAFE_ID.fullmatch(path.stem) or path.stem.lower() in _RESERVED:
+        raise InputError(f"{path}: the complex is named after its file; name it with A-Z a-z 0-9 _ . - only")
+    chains: list[Chain] = []
+    for record, header in zip(records, headers, strict=True):
+        if header is None:
+            raise record.error("other records are 'CHAIN|protein', this one is not; write all of them in one style")
+        name, kind, msa = (group or "" for group in header.groups())
+        if kind.lower() != "protein":
+            raise record.error(
+                f"{kind} is not supported, only protein; give OpenFold3 a query JSON: pairformer-fast openfold3 predict"
+            )
+        if not _CHAIN_NAME.fullmatch(name):
+            raise record.error(f"{name!r} is no chain name; use 1 to 4 letters and digits")
+        if name in [chain.name for chain in chains]:
+            raise record.error(f"chain {name} is there twice; rename one")
+        if ":" in record.seq:
+            raise record.error(f"a record '|{kind}' holds one chain; give each chain its own record")
+        [chain] = _chains(record, name)
+        chains.append(replace(chain, msa="" if msa.strip().lower() == "empty" else msa.strip()))
+    return [Job(path.stem, tuple(chains))]
+
+
+def _jobs(records: list[_Record]) -> list[Job]:
     drafts: dict[str, _Draft] = {}
-    for record in _records(Path(path)):
+    for record in records:
         job_id, tag = _split_id(record)
         chains = _chains(record, tag)
         draft = drafts.get(job_id.lower())
@@ -126,7 +185,7 @@ def _records(path: Path) -> list[_Record]:
     parsed = SeqIO.parse(io.StringIO("\n".join(lines[starts[0] :])), "fasta")
     ends = [*starts[1:], len(lines)]
     return [
-        _Record(record.id or "", start + 1, record.seq, lines[start + 1 : end])
+        _Record(record.id or "", record.description, start + 1, record.seq, lines[start + 1 : end])
         for record, start, end in zip(parsed, starts, ends, strict=True)
     ]
 

@@ -1,9 +1,10 @@
-"""Files that are complete or absent."""
+"""Files and folders of results: complete or absent."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -22,6 +23,16 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def publish(scratch: Path, folder: Path, files: Iterable[str]) -> None:
+    """Move finished files to their place and remove those of an earlier run that this one did not make."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        if (scratch / file).exists():
+            os.replace(scratch / file, folder / file)
+        else:
+            (folder / file).unlink(missing_ok=True)
 
 
 def _umask() -> int:

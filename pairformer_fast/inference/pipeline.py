@@ -15,7 +15,7 @@ from pairformer_fast.config import AttentionConfig
 from pairformer_fast.inference.compare import Comparison, compare_structures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job, read_fasta
-from pairformer_fast.inference.files import write_atomically
+from pairformer_fast.inference.files import publish, write_atomically
 from pairformer_fast.inference.learned import networks_file
 from pairformer_fast.inference.predict import (
     PathResult,
@@ -24,13 +24,12 @@ from pairformer_fast.inference.predict import (
     resolve_checkpoint,
     resolve_device,
 )
-from pairformer_fast.inference.report import ACCELERATED, REFERENCE, JobReport, RunReport, comparison_json
+from pairformer_fast.inference.report import ACCELERATED, OUTPUTS, REFERENCE, JobReport, RunReport, comparison_json
 from pairformer_fast.inference.settings import FoldSettings
 from pairformer_fast.inference.validate import check_domain, check_memory
 from pairformer_fast.inference.writer import write_mmcif
 
 _LOG = logging.getLogger(__name__)
-_OUTPUTS = (f"{ACCELERATED}.cif", f"{REFERENCE}.cif", "comparison.json")
 
 
 def fold(fasta: str | Path, out: str | Path, settings: FoldSettings, progress: Progress | None = None) -> RunReport:
@@ -64,7 +63,7 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings, progress: P
     """
     jobs = read_fasta(fasta)
     out = Path(out)
-    _check_output(out, jobs)
+    check_output(out, jobs)
     check_request(jobs, settings)
     predictor = Predictor(settings)
     wanted = {ACCELERATED: predictor.accelerated, REFERENCE: predictor.reference}
@@ -97,7 +96,14 @@ def check_request(jobs: list[Job], settings: FoldSettings) -> None:
     check_memory(jobs, config, device)
 
 
-def _check_output(out: Path, jobs: list[Job]) -> None:
+def check_output(out: Path, jobs: list[Job]) -> None:
+    """Refuse an output folder in which the jobs' folders cannot be made.
+
+    Raises
+    ------
+    InputError
+        Naming what is in the way.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"output {out}: exists and is no folder; choose another")
     for job in jobs:
@@ -128,7 +134,7 @@ def _run(
             results[name] = predictor.predict(job, attention)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
             comparison = _write(job, results, Path(scratch))
-            _publish(job, Path(scratch), out / job.id)
+            publish(Path(scratch), out / job.id, [f"{job.id}_{name}" for name in OUTPUTS])
     except Exception as error:  # whatever breaks one job must not stop the others
         _LOG.info("job %s failed", job.id, exc_info=True)
         return pending.failed(error)
@@ -144,14 +150,3 @@ def _write(job: Job, results: dict[str, PathResult], folder: Path) -> Comparison
     comparison = compare_structures(files[ACCELERATED], files[REFERENCE])
     write_atomically(folder / f"{job.id}_comparison.json", comparison_json(job, results, comparison))
     return comparison
-
-
-def _publish(job: Job, scratch: Path, folder: Path) -> None:
-    """Move finished files to their place and remove those of an earlier run that this one did not make."""
-    folder.mkdir(exist_ok=True)
-    for name in _OUTPUTS:
-        file = f"{job.id}_{name}"
-        if (scratch / file).exists():
-            os.replace(scratch / file, folder / file)
-        else:
-            (folder / file).unlink(missing_ok=True)

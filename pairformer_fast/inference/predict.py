@@ -29,6 +29,11 @@ class PathResult:
     usage: Usage
     reports: list[dict]
 
+    @property
+    def mean_plddt(self) -> float:
+        """Over all residues, 0 to 100."""
+        return self.prediction.plddt.mean().item()
+
 
 def resolve_device(name: str) -> torch.device:
     """Device of a setting; ``auto`` takes a GPU if there is one.

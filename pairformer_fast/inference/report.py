@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -16,10 +17,45 @@ from pairformer_fast.bias.learned import sha256
 from pairformer_fast.config import AttentionConfig, Frozen
 from pairformer_fast.inference.compare import Comparison
 from pairformer_fast.inference.fasta import Job
-from pairformer_fast.inference.predict import PathResult, Predictor
-from pairformer_fast.inference.settings import FoldSettings
+from pairformer_fast.inference.measure import Usage
+from pairformer_fast.inference.settings import FoldSettings, Precision
 
 ACCELERATED, REFERENCE = "flashbias", "reference"
+_PATHS = (ACCELERATED, REFERENCE)
+OUTPUTS = (*(f"{path}.cif" for path in _PATHS), *(f"{path}_confidences.json" for path in _PATHS), "comparison.json")
+"""Files of a job, each after its id and an underscore; scores of confidence are OpenFold3's."""
+
+
+class Measured(Protocol):
+    """What a report needs of a prediction: its cost, its mean pLDDT, and what became of every pair bias."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    @property
+    def mean_plddt(self) -> float: ...
+
+    @property
+    def reports(self) -> list[dict]: ...
+
+
+class Engine(Protocol):
+    """What a report needs of a predictor: where and how it runs, and the files of its weights and factor networks."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def recycles(self) -> int | None: ...
+
+    @property
+    def checkpoint(self) -> Path: ...
+
+    @property
+    def factors(self) -> Path | None: ...
 
 
 class PathReport(Frozen):
@@ -55,14 +91,14 @@ class PathReport(Frozen):
     bound: float | None
 
     @classmethod
-    def of(cls, result: PathResult) -> PathReport:
+    def of(cls, result: Measured) -> PathReport:
         """Summary of a prediction."""
         factors = [report for report in result.reports if report["choice"] == "factors"]
         ranks = [rank for report in factors for rank in report["rank"]]
         return cls(
             seconds=result.usage.seconds,
             peak_bytes=result.usage.peak_bytes,
-            mean_plddt=result.prediction.plddt.mean().item(),
+            mean_plddt=result.mean_plddt,
             backends=sorted({report["backend"] for report in result.reports}),
             factors=len(factors),
             dense=len(result.reports) - len(factors),
@@ -97,7 +133,7 @@ class JobReport(Frozen):
         reason = " ".join(str(error).split()) or type(error).__name__
         return self.model_copy(update={"status": "failed", "error": reason})
 
-    def finished(self, results: dict[str, PathResult], comparison: Comparison | None) -> JobReport:
+    def finished(self, results: Mapping[str, Measured], comparison: Comparison | None) -> JobReport:
         """After it has run."""
         update: dict[str, Any] = {"status": "ok", "paths": {name: PathReport.of(r) for name, r in results.items()}}
         if comparison is not None:
@@ -137,19 +173,39 @@ class RunReport(Frozen):
 
     @classmethod
     def start(
-        cls, jobs: list[Job], settings: FoldSettings, predictor: Predictor, paths: dict[str, AttentionConfig]
+        cls,
+        jobs: list[Job],
+        settings: FoldSettings,
+        predictor: Engine,
+        paths: Mapping[str, AttentionConfig | None],
+        packages: tuple[str, ...] = (),
+        **chosen: Any,
     ) -> RunReport:
-        """Before the first job has run."""
-        packages = ("pairformer_fast", "torch", "numpy", "biotite", "tmtools")
+        """Before the first job has run.
+
+        Parameters
+        ----------
+        jobs, settings, predictor
+            What is run, how and with what.
+        paths : mapping
+            Attention of each path; None is that of the model's own package.
+        packages : tuple of str
+            Further packages whose versions matter.
+        **chosen
+            Further entries of ``chosen``.
+        """
+        named = ("pairformer_fast", "torch", "numpy", "biotite", "tmtools", *packages)
+        attentions = {name: None if path is None else path.model_dump(mode="json") for name, path in paths.items()}
         return cls(
-            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            versions={"python": platform.python_version(), **{name: version(name) for name in named}},
             machine=_machine(predictor.device),
             settings=settings.model_dump(mode="json"),
             chosen={
                 "device": str(predictor.device),
                 "precision": predictor.precision.value,
                 "recycles": predictor.recycles,
-                "paths": {name: attention.model_dump(mode="json") for name, attention in paths.items()},
+                "paths": attentions,
+                **chosen,
             },
             checkpoint=_identity(predictor.checkpoint),
             factors=None if predictor.factors is None else _identity(predictor.factors),
@@ -166,7 +222,7 @@ class RunReport(Frozen):
         return [job for job in self.jobs if job.status == "failed"]
 
 
-def comparison_json(job: Job, results: dict[str, PathResult], comparison: Comparison) -> str:
+def comparison_json(job: Job, results: Mapping[str, Measured], comparison: Comparison) -> str:
     """Metrics, cost of each path, and rank, eps and probed error of every call of attention, per head."""
     content = {
         "id": job.id,

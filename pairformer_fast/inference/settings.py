@@ -10,6 +10,13 @@ from pydantic import Field, model_validator
 from pairformer_fast.config import DEFAULT_TOLERANCE, AttentionConfig, BiasMethod, Frozen
 
 
+class Model(StrEnum):
+    """What predicts: ``pairformer`` is this package's model, ``openfold3`` is OpenFold3 with attention swapped."""
+
+    PAIRFORMER = "pairformer"
+    OPENFOLD3 = "openfold3"
+
+
 class Attention(StrEnum):
     """Which path predicts: ``flashbias`` is the accelerated one, ``auto`` takes it."""
 
@@ -31,6 +38,8 @@ class FoldSettings(Frozen):
 
     Attributes
     ----------
+    model : Model
+        ``openfold3`` is for :func:`pairformer_fast.integrations.openfold3_fold.fold`.
     attention : Attention
         ``reference`` runs the unaccelerated model only.
     bias : BiasMethod
@@ -50,11 +59,16 @@ class FoldSettings(Frozen):
     compare : bool, optional
         Also predict with the reference and compare. By default yes, unless ``attention`` is ``reference``.
     checkpoint : Path, optional
-        Weights; the bundled ones if omitted.
+        Weights; the bundled ones if omitted. OpenFold3 needs one of its own.
     factors : Path, optional
         Factor networks for ``bias`` ``learned``; those beside the checkpoint if omitted.
+    msa_dir : Path, optional
+        Folder with alignments, for OpenFold3.
+    runner_yaml : Path, optional
+        Further settings of OpenFold3, in its format.
     """
 
+    model: Model = Model.PAIRFORMER
     attention: Attention = Attention.AUTO
     bias: BiasMethod = BiasMethod.AUTO
     rank: int | None = Field(default=None, ge=1)
@@ -66,6 +80,28 @@ class FoldSettings(Frozen):
     compare: bool | None = None
     checkpoint: Path | None = None
     factors: Path | None = None
+    msa_dir: Path | None = None
+    runner_yaml: Path | None = None
+
+    @model_validator(mode="after")
+    def _of_the_chosen_model(self) -> FoldSettings:
+        if self.model is Model.PAIRFORMER:
+            for option, value in {"--msa-dir": self.msa_dir, "--runner-yaml": self.runner_yaml}.items():
+                if value is not None:
+                    raise ValueError(f"{option} is for --model openfold3: drop it or choose that model")
+            return self
+        if self.factors is not None or self.bias is BiasMethod.LEARNED:
+            raise ValueError("--model openfold3 takes no factor networks: drop --factors and --bias learned")
+        if self.checkpoint is None:
+            raise ValueError("--model openfold3 needs --checkpoint FILE: its weights do not come with this package")
+        if ":" in self.device:
+            raise ValueError(
+                f"--device {self.device}: OpenFold3 takes the first GPU it sees; choose --device cuda and hide the "
+                "others with CUDA_VISIBLE_DEVICES"
+            )
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed {self.seed}: OpenFold3 takes seeds below 2**32")
+        return self
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> FoldSettings:

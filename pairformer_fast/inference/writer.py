@@ -51,7 +51,7 @@ def write_mmcif(path: str | Path, job: Job, prediction: Prediction, title: str) 
     block["entry"] = pdbx.CIFCategory({"id": entry})
     block["struct"] = pdbx.CIFCategory({"entry_id": entry, "title": title})
     block["audit_conform"] = pdbx.CIFCategory({"dict_name": "mmcif_ma.dic", "dict_version": "1.4.6"})
-    _describe_software(block)
+    describe_software(block, "pairformer_fast")
     _describe_polymers(block, job)
     pdbx.set_structure(file, atoms)
     sites = block["atom_site"]
@@ -59,7 +59,7 @@ def write_mmcif(path: str | Path, job: Job, prediction: Prediction, title: str) 
         sites[f"Cartn_{column}"] = [f"{value:.3f}" for value in values]
     sites["B_iso_or_equiv"] = [f"{value:.2f}" for value in atoms.b_factor]
     sites["occupancy"] = ["1.00"] * len(atoms)
-    _describe_quality(block, atoms)
+    describe_quality(block, atoms)
     buffer = io.StringIO()
     file.write(buffer)
     write_atomically(path, buffer.getvalue())
@@ -102,12 +102,13 @@ def _entities(job: Job) -> list[str]:
     return list(dict.fromkeys(chain.sequence for chain in job.chains))
 
 
-def _describe_software(block: pdbx.CIFBlock) -> None:
+def describe_software(block: pdbx.CIFBlock, package: str) -> None:
+    """Name the package that predicted a model."""
     block["software"] = pdbx.CIFCategory(
         {
             "pdbx_ordinal": 1,
-            "name": "pairformer_fast",
-            "version": version("pairformer_fast"),
+            "name": package,
+            "version": version(package),
             "classification": "model building",
             "description": "protein structure prediction",
         }
@@ -164,7 +165,8 @@ def _describe_polymers(block: pdbx.CIFBlock, job: Job) -> None:
     )
 
 
-def _describe_quality(block: pdbx.CIFBlock, atoms: struc.AtomArray) -> None:
+def describe_quality(block: pdbx.CIFBlock, atoms: struc.AtomArray) -> None:
+    """Declare pLDDT, the ``b_factor`` of each residue's first atom, in ModelCIF's categories."""
     residues = atoms[struc.get_residue_starts(atoms)]
     block["ma_model_list"] = pdbx.CIFCategory(
         {"ordinal_id": 1, "model_id": 1, "model_group_id": 1, "model_name": "model 1", "model_type": "Ab initio model"}

@@ -123,9 +123,13 @@ class Switch:
         self._acceleration = None if config is None else Acceleration(plan(model), config)
         self._mode = mode
 
+    def reports(self) -> list[dict[str, Any]]:
+        """What became of each bias since the last :meth:`set`; empty where OpenFold3's own attention runs."""
+        return [] if self._acceleration is None else self._acceleration.reports()
+
     def log(self) -> None:
         """Say once per evaluation what became of the bias."""
-        reports = [] if self._acceleration is None else self._acceleration.reports()
+        reports = self.reports()
         if reports:
             chosen = [report for report in reports if report["choice"] == "factors"]
             worst = max((error for report in chosen for error in report["probed_max"] or ()), default=0.0)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from pairformer_fast.kernels.flash_bias.terms import TILE
+from pairformer_fast.kernels.launching import precision
 from tests.kernels.cases import DEVICE, FLOOR, Case, Inputs, assert_identical, make, torch_results, with_strides
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
@@ -22,14 +23,7 @@ import triton
 import triton.language as tl
 
 from pairformer_fast.kernels.flash_bias import triton_backward, triton_forward, triton_tiles
-from pairformer_fast.kernels.flash_bias.triton_common import (
-    VECTOR,
-    Matrix,
-    Tokens,
-    matrix_pointer,
-    precision,
-    token_pointers,
-)
+from pairformer_fast.kernels.flash_bias.triton_common import VECTOR, Matrix, Tokens, matrix_pointer, token_pointers
 from pairformer_fast.kernels.flash_bias.triton_tiles import KINDS, Tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # queries without keys, NumPy

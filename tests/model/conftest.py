@@ -1,5 +1,5 @@
 """The kernels run in Triton's interpreter here too."""
 
-from tests.kernels.conftest import interpreter_with_new_numpy
+from tests.kernels.conftest import mended_interpreter
 
-__all__ = ["interpreter_with_new_numpy"]
+__all__ = ["mended_interpreter"]

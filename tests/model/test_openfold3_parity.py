@@ -12,6 +12,9 @@ latent = pytest.importorskip(
 )
 
 DIMENSIONS = {
+    "narrow": PairformerConfig(c_s=64, c_z=64, c_hidden_mul=64, c_hidden_pair_att=16, no_heads_pair=4, no_blocks=1),
+    "wide": PairformerConfig(c_s=64, c_z=256, c_hidden_mul=128, c_hidden_pair_att=32, no_heads_pair=8, no_blocks=1),
+    "heads": PairformerConfig(c_s=64, c_z=128, c_hidden_pair_att=24, no_heads_pair=16, no_blocks=1),
     "openfold3": PairformerConfig(no_blocks=1),
     "bundled": PairformerConfig(c_s=192, no_blocks=1),
 }
@@ -70,6 +73,34 @@ def test_block_equals_openfold3(n, dimensions):
     for found, expected, keep in [(found_s, expected_s, mask), (found_z, expected_z, pair_mask)]:
         error = (found[keep] - expected[keep]).norm() / expected[keep].norm()
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("dimensions", ["narrow", "bundled"])
+def test_gradients_equal_openfold3s(dimensions):
+    torch.manual_seed(0)
+    config, n = DIMENSIONS[dimensions], 17
+    theirs, ours = openfold3_block(config), PairformerBlock(config).eval()
+    theirs.load_state_dict(random_weights(theirs))
+    ours.load_state_dict(theirs.state_dict())
+    mask = torch.ones(1, n, dtype=torch.bool)
+    mask[:, 12:14] = False
+    pair_mask = mask[:, :, None] & mask[:, None, :]
+    gradients = []
+    for block, masks in ((theirs, (mask.float(), pair_mask.float())), (ours, (mask, pair_mask))):
+        generator = torch.Generator().manual_seed(3)
+        s = torch.randn(1, n, config.c_s, generator=generator).requires_grad_()
+        z = torch.randn(1, n, n, config.c_z, generator=generator).requires_grad_()
+        out_s, out_z = block(s, z, *masks)
+        loss = (out_s * mask[..., None]).sin().sum() + (out_z * pair_mask[..., None]).sin().sum()
+        named = {"s": s, "z": z, **dict(block.named_parameters())}
+        gradients.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
+    expected, found = gradients
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        if name == "attn_pair_bias.layer_norm_z.bias":  # adds the same to all logits of a query, which softmax ignores
+            assert found[name].abs().max() < 1e-4
+        else:
+            assert (found[name] - want).norm() / want.norm() < 1e-4, name
 
 
 def test_parity_notices_the_orientation_of_the_ending_node(monkeypatch):

@@ -1,0 +1,244 @@
+"""What the pair bias of one attention is like, and what factors of it cost: spectrum, ranks, bound, error, tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pairformer_fast.bias import BiasFactors, Decision
+from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
+from pairformer_fast.bias.methods import candidates, check_finite
+from pairformer_fast.bias.policy import factorize
+from pairformer_fast.bias.probe import Probe, ProbedError
+from pairformer_fast.bias.svd import decompose
+from pairformer_fast.bias.toeplitz import toeplitz
+from pairformer_fast.config import AttentionConfig, BiasMethod, Frozen
+
+RANKS = (4, 8, 16, 32, 64, 128)
+"""Ranks of the ladder, as far as they are below N."""
+
+TILE = 64
+"""Edge of the tiles that the kernels can keep dense beside factors."""
+
+
+class Spectrum(Frozen):
+    """Singular values of a head's bias after subtracting every row's mean, which softmax ignores.
+
+    Attributes
+    ----------
+    values : list of float
+        Largest first, one for each token, to six digits.
+    energy : list of float
+        Share (0 to 1) of the sum of squares that the leading 1, 2, ... singular values hold.
+    """
+
+    values: list[float]
+    energy: list[float]
+
+
+class Quality(Frozen):
+    """Error of factors, one entry a head.
+
+    Attributes
+    ----------
+    rank : list of int
+        Columns in use.
+    eps : list of float
+        Largest half range of the residual in a row.
+    bound : list of float
+        tanh(eps / 2), guaranteed bound on the total variation of attention weights.
+    probed_mean, probed_max : list of float
+        Total variation (0 to 1) measured on sampled queries. Never above the bound but for rounding of the attention
+        weights, which shows where factors are exact.
+    """
+
+    rank: list[int]
+    eps: list[float]
+    bound: list[float]
+    probed_mean: list[float]
+    probed_max: list[float]
+
+    @classmethod
+    def of(cls, factors: BiasFactors, probed: ProbedError) -> Quality:
+        """Error of the first batch entry."""
+        certificate = factors.certificate
+        errors = (certificate.eps, certificate.bound, probed.mean, probed.max)
+        return cls(
+            **dict(zip(("eps", "bound", "probed_mean", "probed_max"), (x[0].tolist() for x in errors), strict=True)),
+            rank=factors.rank[0].tolist(),
+        )
+
+
+class Rung(Quality):
+    """Factors that ``method`` made when it was given ``at`` columns."""
+
+    method: BiasMethod
+    at: int
+
+
+class TileMap(Frozen):
+    """Where the residual of a head's factors is large.
+
+    Attributes
+    ----------
+    deviation : list of list of float
+        For each tile of :data:`TILE` x :data:`TILE` entries, the farthest that the residual is there from the median of
+        its row, which softmax ignores. The largest of a map is one to two times the head's eps.
+    dense : list of list of bool
+        Tiles whose tanh(deviation / 2) is above the tolerance. With the residual at the median in these (dense tiles,
+        shifted row by row) the certificate is within the tolerance.
+    """
+
+    deviation: list[list[float]]
+    dense: list[list[bool]]
+
+
+class AttentionInspection(Frozen):
+    """One attention with a pair bias; lists have one entry a head.
+
+    Attributes
+    ----------
+    name : str
+        Path of the module within the model.
+    tokens, heads : int
+        N and H.
+    backend, choice : str
+        What computed attention, and whether it took ``factors`` or the ``dense`` bias.
+    used : Quality
+        Of what it took; a dense bias has rank N and no error.
+    factors_method : BiasMethod
+        What made ``factors``.
+    factors : Quality
+        Of the factors that the tiles are about: those taken, or those that a dense bias stands for: of the given rank,
+        or of the least rank within the tolerance.
+    spectrum : list of Spectrum
+    ladder : list of Rung
+        Error by method and rank.
+    tiles : list of TileMap
+        Of ``factors``.
+    """
+
+    name: str
+    tokens: int
+    heads: int
+    backend: str
+    choice: str
+    used: Quality
+    factors_method: BiasMethod
+    factors: Quality
+    spectrum: list[Spectrum]
+    ladder: list[Rung]
+    tiles: list[TileMap] = Field(description=f"{TILE} x {TILE} entries a tile")
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the tiles of all heads that would stay dense, 0 to 1."""
+        flags = [flag for tile_map in self.tiles for row in tile_map.dense for flag in row]
+        return sum(flags) / len(flags)
+
+
+@torch.no_grad()
+def inspect_decision(name: str, decision: Decision, methods: Sequence[BiasMethod]) -> AttentionInspection:
+    """Measure the bias of one call of attention.
+
+    Parameters
+    ----------
+    name : str
+        Path of the attention module.
+    decision : Decision
+        The call, with a batch of one.
+    methods : sequence of BiasMethod
+        Those that the ladder is climbed with.
+
+    Raises
+    ------
+    ValueError
+        If the batch is larger, or the bias is NaN or infinite where both tokens are kept.
+    """
+    bias, q, k, mask = decision.outcome.bias, decision.q, decision.k, decision.mask
+    if len(bias) != 1:
+        raise ValueError(f"attention must have a batch of one to be inspected, but bias is {list(bias.shape)}")
+    check_finite(bias, mask)
+    method = factor_method(decision.config.bias)
+    with torch.autocast(bias.device.type, enabled=False):
+        outcome = decision.outcome
+        if outcome.factors is None:
+            config = decision.config
+            asked = AttentionConfig(
+                bias=method, rank=config.rank, tolerance=config.tolerance, certified=config.certified
+            )
+            outcome = factorize(bias, asked, q, k, mask)
+        assert outcome.factors is not None
+        assert outcome.probed is not None
+        report = decision.report
+        return AttentionInspection(
+            name=name,
+            tokens=bias.shape[-1],
+            heads=bias.shape[1],
+            backend=report.backend,
+            choice=report.choice,
+            used=Quality(**{field: list(getattr(report, field)) for field in Quality.model_fields}),
+            factors_method=method,
+            factors=Quality.of(outcome.factors, outcome.probed),
+            spectrum=_spectrum(bias, mask),
+            ladder=[rung for method in methods for rung in _climb(method, bias, Probe(q, k, bias, mask), mask)],
+            tiles=tile_maps(bias, outcome.factors, mask, decision.config.tolerance),
+        )
+
+
+def factor_method(method: BiasMethod) -> BiasMethod:
+    """What makes factors under ``method``: ``svd`` for ``auto``, and where a dense bias is only to be judged."""
+    return BiasMethod.SVD if method in (BiasMethod.AUTO, BiasMethod.DENSE) else method
+
+
+def tile_maps(bias: Tensor, factors: BiasFactors, mask: Tensor | None, tolerance: float) -> list[TileMap]:
+    """Where factors are far from a bias ``[1, H, N, N]``, head by head.
+
+    Parameters
+    ----------
+    bias : Tensor
+        Dense.
+    factors : BiasFactors
+        In its place.
+    mask : Tensor, optional
+        Bool ``[1, I, N]`` or ``[1, N]``, True = keep. Padding counts neither as query nor as key.
+    tolerance : float
+        Largest bound on the change of attention weights that a tile of factors may cause, 0 to 1.
+    """
+    tokens = bias.shape[-1]
+    residual = bias[0].double() - factors.phi_q[0].double() @ factors.phi_k[0].double().mT
+    if factors.table is not None:
+        residual -= toeplitz(factors.table.double(), tokens)
+    dropped = ~kept_pairs(kept_tokens(mask, bias))[0]
+    middle = residual.masked_fill(dropped, torch.nan).nanmedian(-1, keepdim=True).values
+    distance = (residual - middle).abs().masked_fill(dropped, 0)
+    count = -(-tokens // TILE)
+    fill = count * TILE - tokens
+    padded = torch.nn.functional.pad(distance, (0, fill, 0, fill))
+    deviation = padded.unflatten(2, (count, TILE)).unflatten(1, (count, TILE)).amax((2, 4))
+    dense = torch.tanh(deviation / 2) > tolerance
+    return [TileMap(deviation=x, dense=d) for x, d in zip(deviation.tolist(), dense.tolist(), strict=True)]
+
+
+def _spectrum(bias: Tensor, mask: Tensor | None) -> list[Spectrum]:
+    values = decompose(bias, mask).values[0]
+    squares = values.square().cumsum(-1)
+    total = squares[:, -1:]
+    energy = torch.where(total > 0, squares / total, 1.0)
+    rounded = [[[float(f"{x:.6g}") for x in row] for row in table.tolist()] for table in (values, energy)]
+    return [Spectrum(values=v, energy=e) for v, e in zip(*rounded, strict=True)]
+
+
+def _climb(method: BiasMethod, bias: Tensor, probe: Probe, mask: Tensor | None) -> list[Rung]:
+    tokens = bias.shape[-1]
+    at_rank = candidates(bias, method, mask)
+    rungs = []
+    for rank in [rank for rank in RANKS if rank < tokens] or [tokens]:
+        candidate = at_rank(rank)
+        probed = probe.error(candidate.phi_q, candidate.phi_k, candidate.table)
+        quality = Quality.of(candidate.certified(bias, mask), probed)
+        rungs.append(Rung(method=method, at=rank, **quality.model_dump()))
+    return rungs
