@@ -37,7 +37,7 @@ DECOMPOSED_ON = (Backend.REFERENCE, Backend.TORCH)
 """Backends on which ``auto`` decomposes a bias at all.
 
 On an H100 the Triton kernels take 1.90 ms with a dense bias at N = 1024 and 1.80 ms with factors of rank 32
-(``data/benchmarks/attention.json``): no decomposition of a bias that is used once is done within the difference.
+(``data/benchmarks/attention.json``): the difference leaves no room for decomposing a bias that is used once.
 """
 
 
