@@ -211,14 +211,22 @@ def _whole(block: PairBlock, path: str, swapped: set[str]) -> bool:
     if any(type(found[name]) is not cls or "forward" in vars(found[name]) for name, cls in parts.items()):
         return False
     attention = {f"{path}.{name}".removeprefix(".") for name in ("tri_att_start", "tri_att_end")}
-    offsets = (layer.bias for layer in block.modules() if isinstance(layer, nn.Linear))
-    scales = (layer.weight for layer in block.modules() if isinstance(layer, LayerNorm))
-    return attention <= swapped and all(x is None for x in offsets) and all(x is not None for x in scales)
+    return attention <= swapped and all(map(_takes, block.modules()))
+
+
+def _takes(layer: nn.Module) -> bool:
+    """Whether the operations here can stand for a layer: no offset in a linear layer, and a scale in a layer norm."""
+    if isinstance(layer, nn.Linear):
+        return layer.bias is None
+    return not isinstance(layer, LayerNorm) or layer.weight is not None
 
 
 def _target(path: str, module: nn.Module) -> Target:
     mha = module.get_submodule("mha")
-    classes = (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention))
+    cls = _NEW_CLASS[type(module)]
+    if cls is FastAttentionPairBias and not all(_takes(module.get_submodule(x)) for x in ("linear_z", "layer_norm_z")):
+        cls = AttentionPairBias
+    classes = (NewClass(module, cls), NewClass(mha, FastAttention))
     diffusion = isinstance(module, DiffusionAttentionPairBias)
     return Target(path, classes, mha, HoldingPairBiasAttention if diffusion else PairBiasAttention)
 

@@ -14,7 +14,7 @@ pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install
 
 from openfold3.core.model.latent.base_blocks import PairBlock
 from openfold3.core.model.latent.pairformer import PairFormerBlock, PairFormerStack
-from openfold3.core.model.layers.attention_pair_bias import CrossAttentionPairBias
+from openfold3.core.model.layers.attention_pair_bias import AttentionPairBias, CrossAttentionPairBias
 from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer
 from openfold3.core.model.layers.msa import MSAPairWeightedAveraging, MSARowAttentionWithPairBias
 from openfold3.core.model.layers.transition import ReLUTransition
@@ -451,6 +451,16 @@ def test_a_pair_block_with_unknown_parts_keeps_its_own_code_around_attention(cha
             assert acceleration.around == ()
             assert acceleration.swapped == ("tri_att_start", "tri_att_end")
             assert distance(model(batch["z"].clone(), batch["pair_mask"])[keep], expected) < 1e-5
+
+
+def test_a_pair_bias_from_a_layer_norm_without_scale_stays_the_hosts():
+    model, batch = block(), inputs(17)
+    model.attn_pair_bias.layer_norm_z.weight = None
+    expected = outputs(model, batch)
+    with accelerate(model, DENSE):
+        assert type(model.attn_pair_bias) is AttentionPairBias
+        for found, want in zip(outputs(model, batch), expected, strict=True):
+            assert distance(found, want) < 1e-5
 
 
 def test_in_place_work_is_done_where_the_host_allows_it():
