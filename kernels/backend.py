@@ -1,4 +1,4 @@
-"""Which backend computes an operation of the block, and in which dtype."""
+"""Which backend computes an operation, and in which dtype."""
 
 from __future__ import annotations
 

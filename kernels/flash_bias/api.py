@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import HAS_TRITON, TRITON_DTYPES
 from pairformer_fast.kernels.flash_bias.terms import BiasTerms
 from pairformer_fast.kernels.flash_bias.validate import check_gate, check_masks, check_qkv, check_terms
 
-HAS_TRITON = find_spec("triton") is not None
-
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_HEAD_DIM = 128
 """Largest head dimension D of the Triton kernel."""
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import takes_triton
 from pairformer_fast.kernels.gated_output import reference
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
-from pairformer_fast.kernels.layer_norm.backend import takes_triton
 
 MOST_CHANNELS = {2: 512, 4: 256}
 """Widest ``z`` of the Triton kernels, by the bytes of an entry in the products."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import compute_dtype, takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
-from pairformer_fast.kernels.layer_norm.backend import compute_dtype, takes_triton
 
 MOST_CHANNELS = 256
 """Most channels of ``z`` that the Triton kernel holds on chip."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
-from pairformer_fast.kernels.layer_norm.backend import takes_triton
 from pairformer_fast.kernels.transition import operator, reference
 
 MOST_CHANNELS = 512

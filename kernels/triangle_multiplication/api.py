@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import takes_triton
 from pairformer_fast.kernels.layer_norm.api import check_norm
-from pairformer_fast.kernels.layer_norm.backend import takes_triton
 from pairformer_fast.kernels.triangle_multiplication import operator, reference
 from pairformer_fast.kernels.triangle_multiplication.parameters import LAYERS, TriangleWeights
 

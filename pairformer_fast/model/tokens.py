@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm as differentiable_layer_norm
 
 from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import compute_dtype
 from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm
-from pairformer_fast.kernels.layer_norm.backend import compute_dtype
 from pairformer_fast.model.slabs import rows_at_a_time
 
 

@@ -8,7 +8,7 @@ import torch
 from pairformer_fast.bias import FactorNetworks, FactorsError, MissingFactorNetworksError, attach_factors, set_attention
 from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import AttentionConfig, Backend
-from pairformer_fast.kernels.flash_bias.api import HAS_TRITON
+from pairformer_fast.kernels.backend import HAS_TRITON
 from pairformer_fast.model import attention, slabs
 from pairformer_fast.model.factors import attention_sizes, factor_networks, load_factors
 from pairformer_fast.model.pairformer import PairformerBlock

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pairformer_fast.bias import collect_reports, set_attention
 from pairformer_fast.config import AttentionConfig, Backend, PairformerConfig
-from pairformer_fast.kernels.flash_bias.api import HAS_TRITON
+from pairformer_fast.kernels.backend import HAS_TRITON
 from pairformer_fast.model import slabs
 from pairformer_fast.model.pairformer import PairformerBlock, PairformerStack
 from tests.kernels.cases import DEVICE
