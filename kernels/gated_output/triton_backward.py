@@ -26,6 +26,7 @@ from pairformer_fast.kernels.gated_output.triton_common import (
 from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows, unit_rows
+from pairformer_fast.kernels.weight_gradient import WeightGradient
 
 CHUNK = 262_144
 """Tokens whose operands of the weight gradients are held at a time."""
@@ -249,8 +250,8 @@ def backward(
     normed, dupdate, gated, dgate = operands
     starts = range(0, grid.tiles, chunk)
     norm_sums = torch.empty(len(starts), count, 2, channels, dtype=torch.float32, device=z.device)
-    dgate_weight = torch.zeros(width, channels, dtype=torch.float32, device=z.device)
-    dout_weight = torch.zeros(channels, width, dtype=torch.float32, device=z.device)
+    dgate_weight = WeightGradient(width, channels, splits, z.device)
+    dout_weight = WeightGradient(channels, width, splits, z.device)
     gate_weight, out_weight = gate_weight.contiguous(), out_weight.contiguous()
     constants = {
         "C": channels,
@@ -304,16 +305,8 @@ def backward(
                 chunk,
                 **constants,
             )
-            dgate_weight += _sum_of_products(dgate, normed, splits)
-            dout_weight += _sum_of_products(dupdate, gated, splits)
-    parameters = [(x, norm_sums[:, :, i].sum((0, 1))) for i, x in enumerate((norm.weight, norm.bias))]
-    parameters += [(gate_weight, dgate_weight), (out_weight, dout_weight)]
+            dgate_weight.add(dgate, normed)
+            dout_weight.add(dupdate, gated)
+        parameters = [(x, norm_sums[:, :, i].sum((0, 1))) for i, x in enumerate((norm.weight, norm.bias))]
+        parameters += [(gate_weight, dgate_weight.total()), (out_weight, dout_weight.total())]
     return [*gradients, *(gradient.to(x.dtype) for x, gradient in parameters if x is not None)]
-
-
-def _sum_of_products(x: Tensor, y: Tensor, splits: int) -> Tensor:
-    """``x.T @ y`` of ``[slots, X]`` and ``[slots, Y]`` in fp32, always summed in the same order."""
-    x, y = x.view(splits, -1, x.shape[-1]).mT, y.view(splits, -1, y.shape[-1])
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.bmm(x, y, out_dtype=torch.float32).sum(0)
-    return torch.bmm(x.float(), y.float()).sum(0)

@@ -102,7 +102,8 @@ def locate(i_tile, B, I, J, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):  # no
     o_t = tl.arange(0, BLOCK_I * BLOCK_J)
     o_i = i_tile // tiles_j % tiles_i * BLOCK_I + o_t // BLOCK_J  # [BT]
     o_j = i_tile % tiles_j * BLOCK_J + o_t % BLOCK_J  # [BT]
-    return i_b, o_i, o_j, (o_i < I) & (o_j < J) & (i_b < B)
+    rows = tl.where(i_b < B, I, 0)
+    return i_b, o_i, o_j, (o_i < rows) & (o_j < J)
 
 
 @triton.jit

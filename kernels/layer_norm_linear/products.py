@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm, layer_norm_backward
+from pairformer_fast.kernels.weight_gradient import product_fp32
 
 CHUNK = 4096
 """Fewest tokens over which one partial sum of a weight's gradient goes."""
@@ -96,13 +97,6 @@ def _partial_sums(a: Tensor, x: Tensor) -> Iterator[Tensor]:
     chunks = len(x) // length
     whole = chunks * length
     if chunks:
-        yield _wide_product(a[:whole].unflatten(0, (chunks, length)).mT, x[:whole].unflatten(0, (chunks, length)))
+        yield product_fp32(a[:whole].unflatten(0, (chunks, length)).mT, x[:whole].unflatten(0, (chunks, length)))
     if whole < len(x):
-        yield _wide_product(a[None, whole:].mT, x[None, whole:])
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product with an fp32 result, which PyTorch has for narrower operands on CUDA only."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        yield product_fp32(a[None, whole:].mT, x[None, whole:])

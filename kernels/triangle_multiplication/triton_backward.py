@@ -24,6 +24,7 @@ from pairformer_fast.kernels.triangle_multiplication.triton_backward_kernels imp
 )
 from pairformer_fast.kernels.triangle_multiplication.triton_common import Tiles, aligned
 from pairformer_fast.kernels.triangle_multiplication.triton_forward import multiply, project
+from pairformer_fast.kernels.weight_gradient import WeightGradient
 
 STACKED = ("a", "a_gate", "b", "b_gate", "gate")
 """Weights of the projections of the normalised z, in the order in which their gradients lie side by side."""
@@ -34,8 +35,8 @@ CHUNKS = 4
 CHUNK_TOKENS = 65536
 """Pairs of tokens of the smallest chunk, enough for every multiprocessor."""
 
-SHARE_TOKENS = 2048
-"""Pairs of tokens that one product of those summed up to the gradient of a weight goes through."""
+SHARES = 32
+"""Parts of a chunk whose products are summed apart; divides the tokens of every chunk."""
 
 
 def update_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
@@ -77,7 +78,7 @@ def update_backward(
     dupdate, normalised : Tensor
         ``[tokens, C]`` gradient of the output projection, and ``[tokens, C_hidden]`` its input.
     dnorm : Tensor
-        fp32 ``[2, C_hidden]``: gradients of weight and bias of ``norm_out``.
+        fp32 ``[2, programs, C_hidden]``: shares of the gradients of weight and bias of ``norm_out``.
     """
     rows, tokens, channels = z.shape
     hidden, padded_rows, size = product.shape
@@ -125,7 +126,7 @@ def update_backward(
             STAGES=tiles.stages,
             num_warps=tiles.warps,
         )
-    return dupdate, normalised, shares.sum(1)
+    return dupdate, normalised, shares
 
 
 def edges_backward(
@@ -182,18 +183,6 @@ def edges_backward(
             num_warps=tiles.warps,
         )
     return x, gradients
-
-
-def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy^T x`` in fp32 of ``[tokens, outputs]`` and ``[tokens, inputs]``: shares summed in a fixed order."""
-    tokens = x.shape[0]
-    shares = 1
-    while tokens % (2 * shares) == 0 and tokens // (2 * shares) >= SHARE_TOKENS:
-        shares *= 2
-    left, right = dy.view(shares, -1, dy.shape[1]).mT, x.view(shares, -1, x.shape[1])
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.bmm(left, right, out_dtype=torch.float32).sum(0)
-    return torch.bmm(left.float(), right.float()).sum(0)
 
 
 def edge_gradients(dproduct: Tensor, room: Tensor, b: Tensor, incoming: bool) -> None:
@@ -261,29 +250,29 @@ def _through_update(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``out`` and of both parameters of ``norm_out``; the rest as :func:`update_backward`."""
     channels, hidden = weights.out.shape
-    dout = torch.zeros(channels, hidden, dtype=torch.float32, device=z.device)
-    dnorm_out = torch.zeros(2, hidden, dtype=torch.float32, device=z.device)
+    dout = WeightGradient(channels, hidden, SHARES, z.device)
+    dnorm_out = []
     for i, rows, padded_rows in _chunks(z, product):
         scale = None if dropout is None else dropout[i, rows]
         dupdate, normalised, dnorm = update_backward(
             dy[i, rows], z[i, rows], product[i, :, padded_rows], weights, scale, dgate[i, padded_rows]
         )
-        dout += weight_gradient(dupdate, normalised)
-        dnorm_out += dnorm
-    return dout, dnorm_out
+        dout.add(dupdate, normalised)
+        dnorm_out.append(dnorm)
+    return dout.total(), torch.cat(dnorm_out, 1).sum(1)
 
 
 def _through_edges(
     z: Tensor, mask: Tensor, weights: TriangleWeights, stacked: Tensor, da: Tensor, db: Tensor, dx: Tensor
 ) -> Tensor:
     """Gradient of the ``stacked`` weights; ``dx`` is that of the gate and becomes that of the normalised z."""
-    dstacked = torch.zeros(stacked.shape, dtype=torch.float32, device=z.device)
+    dstacked = WeightGradient(*stacked.shape, SHARES, z.device)
     for i, rows, padded_rows in _chunks(z, da):
         planes = da[i, :, padded_rows], db[i, :, padded_rows]
         x, gradients = edges_backward(z[i, rows], mask[i, rows], weights, *planes, dx[i, padded_rows])
-        dstacked += weight_gradient(gradients, x)
+        dstacked.add(gradients, x)
         torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, z.shape[-1]))
-    return dstacked
+    return dstacked.total()
 
 
 def _chunks(z: Tensor, planes: Tensor) -> Iterator[tuple[int, slice, slice]]:
