@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from pairformer_fast.training.prepare import predict_with_teacher, prepare
+from pairformer_fast.training.derive import Derivation
+from pairformer_fast.training.prepare import predict_with_teacher, prepare, write_table
 from pairformer_fast.training.shards import Structure
 from pairformer_fast.training.sources import Pair
 
@@ -29,6 +30,16 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="where flash-abb runs")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of flash-abb")] = 1,
+    derived: Annotated[int, typer.Option(min=0, help="pairs to derive from known ones and add to train")] = 0,
+    seed: Annotated[int, typer.Option(help="of the derived pairs")] = 0,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table",
+            help="write the pairs to OUTPUT/pairs.csv.gz for scripts/predict_antibody_pairs.py on another machine, "
+            "instead of predicting them here",
+        ),
+    ] = False,
 ) -> None:
     """Training data that shares a cluster with the SAbDab val split or the Fv crystals is dropped and counted."""
     torch.set_num_threads(threads)
@@ -41,7 +52,12 @@ def main(
             return predict_with_teacher(wanted, cache, device, partial(progress.advance, task))
 
     try:
-        summary = prepare(data, output, predict if pairs else None)
+        if not pairs and (derived or table):
+            raise ValueError("--no-pairs leaves all pairs out: drop it, or drop --derived and --table")
+        derivation = Derivation(count=derived, seed=seed) if derived else None
+        summary = prepare(data, output, predict if pairs and not table else None, derivation)
+        if table:
+            summary["table"] = write_table(data, output, derivation)
     except (OSError, ValueError, ImportError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None

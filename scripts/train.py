@@ -17,6 +17,13 @@ def main(
     data: Annotated[Path, typer.Option(help="Shards of scripts/prepare_antibody_data.py.")] = Path("runs/data"),
     output: Annotated[Path, typer.Option(help="Folder of state, log and weights.")] = Path("runs/antibody"),
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Weights to start from; learned factors start from NAME.factors.safetensors if it is beside them.",
+        ),
+    ] = None,
     bias: Annotated[
         str | None,
         typer.Option(help="dense, or learned: factor networks train with the model; the preset's if omitted."),
@@ -29,7 +36,7 @@ def main(
         given = {name: value for name, value in (("bias", bias), ("rank", rank)) if value is not None}
         kept = {"backend"} if bias == BiasMethod.DENSE else None
         attention = TrainAttention.model_validate(preset.attention.model_dump(include=kept, exclude_unset=True) | given)
-        done = train(preset.model_copy(update={"attention": attention}), data, output, minutes)
+        done = train(preset.model_copy(update={"attention": attention}), data, output, minutes, start)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     print(f"{'finished' if done else 'stopped early, run the same command to go on'}: {output}")

@@ -56,7 +56,7 @@ def _minimise(start: Tensor, chain: Tensor, aatype: Tensor) -> Tensor:
     ca_ideal = torch.where(cis, _CA_CIS, _CA_TRANS)
 
     near = _close_pairs(start[:, :, 1], chain)
-    motion = torch.zeros(*chain.shape, 6, requires_grad=True)
+    motion = torch.zeros(*chain.shape, 6, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([motion], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
@@ -85,7 +85,7 @@ def _close_pairs(ca: Tensor, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Structure, residue and residue of pairs that are no neighbours and may clash."""
     apart = distances(ca)
     count = chain.shape[1]
-    later = torch.ones(count, count, dtype=torch.bool).triu(2)
+    later = torch.ones(count, count, dtype=torch.bool, device=ca.device).triu(2)
     real = chain >= 0
     near = (apart < _CA_WATCHED) & later & real[:, :, None] & real[:, None]
     structure, first, second = torch.nonzero(near, as_tuple=True)

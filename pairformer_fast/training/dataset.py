@@ -92,7 +92,7 @@ class AntibodyDataset(Dataset):
     path : Path
         Folder written by ``scripts/prepare_antibody_data.py``.
     split : str
-        ``train``, ``val`` or ``crystal``.
+        ``train``, ``val`` or ``crystal``; files ``SPLIT-*.safetensors`` beside that of the split belong to it, too.
 
     Raises
     ------
@@ -101,12 +101,15 @@ class AntibodyDataset(Dataset):
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
-        self._shard = Shard(shard_path(Path(path), split))
-        self.ids = self._shard.ids
-        self.sources = self._shard.sources
+        first = shard_path(Path(path), split)
+        more = sorted(first.parent.glob(f"{split}-*{first.suffix}"))
+        self._shards = [Shard(file) for file in (first, *more)]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self.ids = [name for shard in self._shards for name in shard.ids]
+        self.sources = [source for shard in self._shards for source in shard.sources]
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self.ids)
 
     def __getitem__(self, key: int | Draw) -> dict[str, Tensor]:
         """Tensors of one structure.
@@ -117,7 +120,8 @@ class AntibodyDataset(Dataset):
             ``aatype``, ``residue_index``, ``chain_index``, ``cdr`` ``[N]`` int64; ``atom14`` ``[N, 14, 3]`` float32, Å;
             ``atom14_mask`` ``[N, 14]`` bool, ``weight`` scalar float32.
         """
-        structure = self._shard[key.index if isinstance(key, Draw) else key]
+        shard, index = self._place(key.index if isinstance(key, Draw) else key)
+        structure = shard[index]
         if isinstance(key, Draw):
             rows = [np.flatnonzero(structure.chain_index == chain) for chain in key.chains]
             structure = structure.select(np.concatenate(rows))
@@ -133,7 +137,15 @@ class AntibodyDataset(Dataset):
 
     def chain_count(self, index: int) -> int:
         """Number of chains of a structure."""
-        return self._shard.chain_counts[index]
+        shard, place = self._place(index)
+        return shard.chain_counts[place]
+
+    def _place(self, index: int) -> tuple[Shard, int]:
+        """Shard of a structure and its place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"structure {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[number], index - int(self._starts[number])
 
 
 def collate(items: Sequence[Mapping[str, Tensor]], lengths: Sequence[int] = ()) -> Batch:

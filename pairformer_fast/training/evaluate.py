@@ -60,9 +60,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: FoldingModel, dataset: AntibodyDataset, device: torch.device, recycles: int | None = None
+    model: FoldingModel,
+    dataset: AntibodyDataset,
+    device: torch.device,
+    recycles: int | None = None,
+    batch_size: int = 1,
 ) -> Evaluation:
-    """Fold every structure of a split, one at a time, in fp32.
+    """Fold every structure of a split, in fp32.
 
     Parameters
     ----------
@@ -74,26 +78,30 @@ def evaluate(
         Where to compute.
     recycles : int, optional
         As in :class:`FoldingModel`.
+    batch_size : int
+        Structures folded together, which is faster on a GPU and changes nothing but rounding.
     """
     scores = []
-    for i in range(len(dataset)):
-        batch = collate([dataset[i]]).to(device)
+    for start in range(0, len(dataset), batch_size):
+        batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]).to(device)
         prediction = model(batch.features, recycles)
         known = batch.atom14_mask[:, :, 1]
         x, target = prediction.atom14[:, :, 1], batch.atom14[:, :, 1]
-        lddt = lddt_ca(x, target, known)[known]
-        h3 = lddt[((batch.cdr == CDR_H3) & (batch.features.chain_index == 0))[known]]
-        plddt = prediction.plddt[known] / 100
-        scores.append(
-            Score(
-                id=dataset.ids[i],
-                lddt=float(lddt.mean()),
-                lddt_h3=float(h3.mean()) if len(h3) else float("nan"),
-                rmsd=superposed_rmsd(x[known], target[known]),
-                plddt=float(plddt.mean()),
-                plddt_error=float((plddt - lddt).abs().mean()),
+        lddt = lddt_ca(x, target, known)
+        h3 = (batch.cdr == CDR_H3) & (batch.features.chain_index == 0) & known
+        plddt = prediction.plddt / 100
+        for row, some in enumerate(known):
+            true, loop = lddt[row, some], lddt[row, h3[row]]
+            scores.append(
+                Score(
+                    id=dataset.ids[start + row],
+                    lddt=float(true.mean()),
+                    lddt_h3=float(loop.mean()) if len(loop) else float("nan"),
+                    rmsd=superposed_rmsd(x[row, some], target[row, some]),
+                    plddt=float(plddt[row, some].mean()),
+                    plddt_error=float((plddt[row, some] - true).abs().mean()),
+                )
             )
-        )
     return Evaluation(scores)
 
 

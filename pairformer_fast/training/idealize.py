@@ -13,7 +13,7 @@ from pairformer_fast.model.closure import close_peptides
 from pairformer_fast.training.shards import Structure
 
 
-def idealize_backbones(structures: Sequence[Structure], batch_size: int = 128) -> list[Structure]:
+def idealize_backbones(structures: Sequence[Structure], batch_size: int = 128, device: str = "cpu") -> list[Structure]:
     """Structures with closed peptide bonds; side chains move with their residue, O is placed anew.
 
     Parameters
@@ -22,18 +22,20 @@ def idealize_backbones(structures: Sequence[Structure], batch_size: int = 128) -
         With complete backbones.
     batch_size : int
         Structures minimised together; does not change the result.
+    device : str
+        Where they are minimised.
     """
     done = []
     for begin in range(0, len(structures), batch_size):
-        done.extend(_idealize(structures[begin : begin + batch_size]))
+        done.extend(_idealize(structures[begin : begin + batch_size], device))
     return done
 
 
-def _idealize(structures: Sequence[Structure]) -> list[Structure]:
+def _idealize(structures: Sequence[Structure], device: str) -> list[Structure]:
     start = pad_sequence([torch.from_numpy(s.atom14) for s in structures], batch_first=True)
     chain = pad_sequence([torch.from_numpy(s.chain_index).long() for s in structures], True, padding_value=-1)
     aatype = pad_sequence([torch.from_numpy(s.aatype).long() for s in structures], batch_first=True)
-    moved = close_peptides(start, chain, aatype)
+    moved = close_peptides(start.to(device), chain.to(device), aatype.to(device)).cpu()
     return [replace(s, atom14=_cut(atoms, s)) for s, atoms in zip(structures, moved.numpy(), strict=True)]
 
 

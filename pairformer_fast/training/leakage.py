@@ -47,23 +47,59 @@ class LeakageError(ValueError):
     """Training data shares clusters with evaluation data."""
 
 
-def find_leaks(train: Iterable[HeavyChain], held_out: Sequence[HeavyChain]) -> list[Leak]:
-    """First leak of each training domain that has one, in the order of ``train``.
+class HeldOut:
+    """Evaluation domains, prepared for many comparisons.
 
-    Identity over the domain is identical pairs of a global alignment (match 1, mismatch and gap 0, so the most there
-    can be) over the length of the longer sequence.
+    Parameters
+    ----------
+    chains : sequence of HeavyChain
     """
-    cdr3_by_length: dict[int, tuple[np.ndarray, list[str]]] = {}
-    for length in {len(cdr3) for chain in held_out for cdr3 in chain.cdr3 if cdr3}:
-        members = [(cdr3, chain.id) for chain in held_out for cdr3 in sorted(chain.cdr3) if len(cdr3) == length]
-        cdr3_by_length[length] = (_letters([cdr3 for cdr3, _ in members]), [name for _, name in members])
-    aligner = PairwiseAligner(match_score=1, mismatch_score=0, open_gap_score=0, extend_gap_score=0)
-    leaks = []
-    for chain in train:
-        leak = _cdr3_leak(chain, cdr3_by_length) or _domain_leak(chain, held_out, aligner)
-        if leak is not None:
-            leaks.append(leak)
-    return leaks
+
+    def __init__(self, chains: Sequence[HeavyChain]) -> None:
+        self.chains = list(chains)
+        self._cdr3: dict[int, tuple[np.ndarray, list[str]]] = {}
+        for length in {len(cdr3) for chain in chains for cdr3 in chain.cdr3 if cdr3}:
+            members = [(cdr3, chain.id) for chain in chains for cdr3 in sorted(chain.cdr3) if len(cdr3) == length]
+            self._cdr3[length] = (_letters([cdr3 for cdr3, _ in members]), [name for _, name in members])
+        self._compositions = np.array([_composition(chain.sequence) for chain in chains]).reshape(-1, 128)
+        self._lengths = np.array([len(chain.sequence) for chain in chains], dtype=np.int64)
+        self._aligner = PairwiseAligner(match_score=1, mismatch_score=0, open_gap_score=0, extend_gap_score=0)
+
+    def leak(self, chain: HeavyChain) -> Leak | None:
+        """First leak of a training domain, if it has one.
+
+        Identity over the domain is identical pairs of a global alignment (match 1, mismatch and gap 0, so the most
+        there can be) over the length of the longer sequence.
+        """
+        return self._cdr3_leak(chain) or self._domain_leak(chain)
+
+    def _cdr3_leak(self, chain: HeavyChain) -> Leak | None:
+        for cdr3 in sorted(chain.cdr3):
+            if len(cdr3) not in self._cdr3:
+                continue
+            letters, names = self._cdr3[len(cdr3)]
+            # integer comparison: identity >= 60 % without rounding
+            identical = (letters == _letters([cdr3])).sum(axis=1)
+            close = np.flatnonzero(identical >= CDR3_IDENTITY * len(cdr3) - 1e-9)
+            if len(close):
+                return Leak(chain.id, names[close[0]], "cdr3")
+        return None
+
+    def _domain_leak(self, chain: HeavyChain) -> Leak | None:
+        needed = DOMAIN_IDENTITY * np.maximum(self._lengths, len(chain.sequence)) - 1e-9
+        # identical pairs cannot exceed the letters both have: skips nearly all alignments
+        common = np.minimum(self._compositions, _composition(chain.sequence)).sum(axis=1)
+        for index in np.flatnonzero(common >= needed):
+            other = self.chains[index]
+            if self._aligner.score(chain.sequence, other.sequence) >= needed[index]:
+                return Leak(chain.id, other.id, "domain")
+        return None
+
+
+def find_leaks(train: Iterable[HeavyChain], held_out: Sequence[HeavyChain]) -> list[Leak]:
+    """First leak of each training domain that has one (:meth:`HeldOut.leak`), in the order of ``train``."""
+    domains = HeldOut(held_out)
+    return [leak for chain in train if (leak := domains.leak(chain)) is not None]
 
 
 def check_leakage(train: Iterable[HeavyChain], held_out: Sequence[HeavyChain]) -> None:
@@ -78,31 +114,6 @@ def check_leakage(train: Iterable[HeavyChain], held_out: Sequence[HeavyChain]) -
     if leaks:
         shown = ", ".join(f"{leak.train} with {leak.held_out} ({leak.by})" for leak in leaks[:5])
         raise LeakageError(f"{len(leaks)} training domains share a cluster with evaluation data: {shown}")
-
-
-def _cdr3_leak(chain: HeavyChain, held_out: dict[int, tuple[np.ndarray, list[str]]]) -> Leak | None:
-    for cdr3 in sorted(chain.cdr3):
-        if len(cdr3) not in held_out:
-            continue
-        letters, names = held_out[len(cdr3)]
-        # integer comparison: identity >= 60 % without rounding
-        identical = (letters == _letters([cdr3])).sum(axis=1)
-        close = np.flatnonzero(identical >= CDR3_IDENTITY * len(cdr3) - 1e-9)
-        if len(close):
-            return Leak(chain.id, names[close[0]], "cdr3")
-    return None
-
-
-def _domain_leak(chain: HeavyChain, held_out: Sequence[HeavyChain], aligner: PairwiseAligner) -> Leak | None:
-    composition = _composition(chain.sequence)
-    for other in held_out:
-        needed = DOMAIN_IDENTITY * max(len(chain.sequence), len(other.sequence)) - 1e-9
-        # identical pairs cannot exceed the letters both have: skips nearly all alignments
-        if np.minimum(composition, _composition(other.sequence)).sum() < needed:
-            continue
-        if aligner.score(chain.sequence, other.sequence) >= needed:
-            return Leak(chain.id, other.id, "domain")
-    return None
 
 
 def _letters(sequences: Sequence[str]) -> np.ndarray:

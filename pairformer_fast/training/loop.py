@@ -16,9 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
+from pairformer_fast.bias import set_attention
+from pairformer_fast.config import AttentionConfig, Backend
 from pairformer_fast.training.dataset import AntibodyDataset, Augmentation, Batch, MixtureSampler, collate
 from pairformer_fast.training.evaluate import evaluate
 from pairformer_fast.training.losses import term_weights
+from pairformer_fast.training.origin import gpu_seconds
 from pairformer_fast.training.run import Run
 from pairformer_fast.training.settings import TrainConfig, TrainSettings
 from pairformer_fast.training.step import GradientStep
@@ -27,9 +30,13 @@ STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
 WEIGHTS_FILE = "model.safetensors"
 HOLD_OUTS = ("val", "crystal")
+EVALUATED = 5
+"""Structures folded together at the end of a run."""
 
 
-def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None = None) -> bool:
+def train(
+    config: TrainConfig, data: Path, folder: Path, minutes: float | None = None, origin: Path | None = None
+) -> bool:
     """Train, or go on with the run in ``folder``.
 
     Parameters
@@ -42,6 +49,8 @@ def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None =
         State, log and weights; made if needed.
     minutes : float, optional
         Stop after so long, with the state saved.
+    origin : Path, optional
+        Weights to start from, see :meth:`Run.start`; fresh ones if omitted.
 
     Returns
     -------
@@ -51,9 +60,10 @@ def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None =
     Raises
     ------
     FileNotFoundError
-        If ``data`` lacks a split; nothing has been written then.
+        If ``data`` lacks a split, or there is no file ``origin``; nothing has been written then.
     ValueError
-        If the run in ``folder`` is of another kind, such as with a dense bias instead of learned factors.
+        If the run in ``folder`` is of another kind, such as with a dense bias instead of learned factors, or started
+        from other weights; if ``origin`` does not fit the settings, which also leaves nothing written.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -64,21 +74,28 @@ def train(config: TrainConfig, data: Path, folder: Path, minutes: float | None =
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return _train(config, data, folder, minutes, device, rank, world)
+        return _train(config, data, folder, minutes, origin, device, rank, world)
     finally:
         if world > 1:
             distributed.destroy_process_group()
 
 
 def _train(
-    config: TrainConfig, data: Path, folder: Path, minutes: float | None, device: torch.device, rank: int, world: int
+    config: TrainConfig,
+    data: Path,
+    folder: Path,
+    minutes: float | None,
+    origin: Path | None,
+    device: torch.device,
+    rank: int,
+    world: int,
 ) -> bool:
     settings = config.train
     dataset, *held_out = (AntibodyDataset(data, split) for split in ("train", *HOLD_OUTS))
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     torch.manual_seed(settings.seed)
-    run = Run.start(config, device)
+    run = Run.start(config, device, origin)
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / STATE_FILE).is_file():
         run.load(folder / STATE_FILE, device)
     before = run.seconds
@@ -117,7 +134,8 @@ def _step(run: Run, gradients: GradientStep, batch: Batch, settings: TrainSettin
     for group in run.optimizer.param_groups:
         group["lr"] = settings.learning_rate * schedule(run.step, settings)
     run.model.train()
-    losses = gradients(batch, recycles, term_weights(run.step / settings.steps))
+    progress = settings.loss_from + (1 - settings.loss_from) * run.step / settings.steps
+    losses = gradients(batch, recycles, term_weights(progress))
     norm = nn.utils.clip_grad_norm_(run.parameters, settings.gradient_norm)
     if norm.isfinite():
         run.optimizer.step()
@@ -146,6 +164,7 @@ def _finish(
 ) -> None:
     """Write the averaged weights and measure them on the hold-outs."""
     model = run.averaged_model.eval()
+    set_attention(model, AttentionConfig(backend=Backend.REFERENCE, bias=config.attention.bias))
     facts: dict[str, Any] = {
         "step": run.step,
         "seconds": round(run.seconds, 1),
@@ -154,9 +173,11 @@ def _finish(
         "torch": torch.__version__,
         "train": config.train.model_dump(),
         "attention": config.attention.model_dump(mode="json"),
+        "origin": run.origin,
     }
+    facts["gpu_seconds"] = round(gpu_seconds(facts), 1)
     run.save_weights(folder / WEIGHTS_FILE, facts)
-    summaries = (evaluate(model, dataset, device).summary() for dataset in held_out)
+    summaries = (evaluate(model, dataset, device, batch_size=EVALUATED).summary() for dataset in held_out)
     results = dict(zip(HOLD_OUTS, summaries, strict=True))
     _log(folder, {**facts, "evaluation": results})
     Console(stderr=True).print_json(data=results)

@@ -1,4 +1,8 @@
-"""Raw antibody data to training and evaluation structures, with every drop counted."""
+"""Raw antibody data to training and evaluation structures, with every drop counted.
+
+Pairs of sequences get structures from a teacher. Where that runs on another machine, a table of the pairs goes there,
+and :func:`add_pairs` puts their structures beside the shards that are there already.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,26 @@ import numpy as np
 
 from pairformer_fast.inference.antibody import check_variable_domain
 from pairformer_fast.model.residue import ATOM14, RESTYPES
+from pairformer_fast.training.derive import DERIVED_SOURCE, Derivation, derive_pairs
 from pairformer_fast.training.idealize import idealize_backbones
 from pairformer_fast.training.leakage import HeavyChain, check_leakage, find_leaks
-from pairformer_fast.training.quality import keep_sound, repaired_too_far
+from pairformer_fast.training.quality import checked
 from pairformer_fast.training.shards import Shard, Structure, shard_path, write_shard
-from pairformer_fast.training.sources import Crystal, Pair, SabdabEntry, read_covabdab, read_crystals, read_sabdab
+from pairformer_fast.training.sources import (
+    COVABDAB_SOURCE,
+    Crystal,
+    Pair,
+    SabdabEntry,
+    read_covabdab,
+    read_crystals,
+    read_sabdab,
+    write_pairs,
+)
 from pairformer_fast.training.teacher import predict_pairs
 
 SABDAB_SOURCE = "sabdab"
-PAIR_SOURCE = "covabdab"
 CRYSTAL_SOURCE = "fv_crystal"
+TABLE = "pairs.csv.gz"
 
 _Item = TypeVar("_Item", SabdabEntry, Pair)
 
@@ -57,7 +71,45 @@ def heavy_chains(items: Sequence[SabdabEntry | Pair | Crystal]) -> list[HeavyCha
     return chains
 
 
-def prepare(data: Path, output: Path, predict: Callable[[Sequence[Pair]], list[Structure]] | None) -> dict:
+def training_pairs(
+    data: Path, held_out: Sequence[HeavyChain], derivation: Derivation | None = None
+) -> tuple[list[Pair], dict[str, dict[str, int]]]:
+    """Pairs of CoV-AbDab that share no cluster with evaluation data, and pairs derived from them and SAbDab domains.
+
+    Parameters
+    ----------
+    data : Path
+        Folder with the raw data.
+    held_out : sequence of HeavyChain
+        Evaluation domains.
+    derivation : Derivation, optional
+        Without it nothing is derived.
+
+    Returns
+    -------
+    pairs : list of Pair
+    dropped : dict of str to dict
+        Drops of each source, by reason.
+    """
+    pairs, drops = read_covabdab(data)
+    domains = [pair for pair in pairs if _is_domain(pair.vh, "H") and _is_domain(pair.vl, "L")]
+    drops["not_variable_domains"] = len(pairs) - len(domains)
+    pairs, leaks = _without_leaks(domains, held_out)
+    dropped = {COVABDAB_SOURCE: drops | leaks}
+    if derivation is not None:
+        crystals, _ = _without_leaks([entry for entry in read_sabdab(data) if entry.split == "train"], held_out)
+        heavy = [entry.sequence for entry in crystals] + [pair.vh for pair in pairs]
+        derived, dropped[DERIVED_SOURCE] = derive_pairs(heavy, [pair.vl for pair in pairs], held_out, derivation)
+        pairs = pairs + derived
+    return pairs, dropped
+
+
+def prepare(
+    data: Path,
+    output: Path,
+    predict: Callable[[Sequence[Pair]], list[Structure]] | None,
+    derivation: Derivation | None = None,
+) -> dict:
     """Write ``train``, ``val`` and ``crystal`` shards and ``summary.json`` to a folder.
 
     Parameters
@@ -67,6 +119,8 @@ def prepare(data: Path, output: Path, predict: Callable[[Sequence[Pair]], list[S
     output : Path
     predict : callable, optional
         Structures of VH/VL pairs, in order (see :func:`predict_with_teacher`); without it the pairs are left out.
+    derivation : Derivation, optional
+        Pairs to derive from known ones and predict, too.
 
     Returns
     -------
@@ -80,32 +134,95 @@ def prepare(data: Path, output: Path, predict: Callable[[Sequence[Pair]], list[S
     """
     entries = read_sabdab(data)
     crystals = read_crystals(data)
-    val = [entry for entry in entries if entry.split == "val"]
-    held_out = heavy_chains(val) + heavy_chains(crystals)
+    held_out = _held_out(entries, crystals)
     domains, dropped_domains = _without_leaks([entry for entry in entries if entry.split == "train"], held_out)
-    dropped = {SABDAB_SOURCE: dropped_domains}
+    dropped: dict[str, dict[str, int]] = {SABDAB_SOURCE: dropped_domains}
     train, kept = [sabdab_structure(entry) for entry in domains], heavy_chains(domains)
     if predict is not None:
-        pairs, structures, dropped[PAIR_SOURCE] = _predicted_pairs(data, held_out, predict)
+        pairs, drops = training_pairs(data, held_out, derivation)
+        pairs, structures, unsound = sound_structures(pairs, predict(pairs))
+        dropped |= {source: drops[source] | unsound.get(source, {}) for source in drops}
         train += structures
         kept += heavy_chains(pairs)
     check_leakage(kept, held_out)
     splits = {
         "train": train,
-        "val": [sabdab_structure(entry) for entry in val],
+        "val": [sabdab_structure(entry) for entry in entries if entry.split == "val"],
         "crystal": [crystal_structure(crystal) for crystal in crystals],
     }
     summary: dict = {"splits": {}, "dropped": dropped, "leaks_remaining": 0}
     for name, structures in splits.items():
         path = shard_path(output, name)
         write_shard(path, structures)
-        summary["splits"][name] = {
-            "structures": dict(sorted(Counter(structure.source for structure in structures).items())),
-            "residues": sum(map(len, structures)),
-            "residues_without_target": sum(int((~structure.atom14_mask[:, 1]).sum()) for structure in structures),
-            "bytes": path.stat().st_size,
-        }
+        summary["splits"][name] = _counts(path, structures)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def write_table(data: Path, output: Path, derivation: Derivation | None = None) -> dict:
+    """Write the pairs of :func:`training_pairs` to ``pairs.csv.gz`` in a folder, for :func:`add_pairs`.
+
+    Returns
+    -------
+    dict
+        Pairs and drops per source, also written to ``table.json`` there.
+
+    Raises
+    ------
+    LeakageError
+        If a pair shares a cluster with evaluation data after filtering; nothing is written then.
+    """
+    held_out = _held_out(read_sabdab(data), read_crystals(data))
+    pairs, dropped = training_pairs(data, held_out, derivation)
+    check_leakage(heavy_chains(pairs), held_out)
+    write_pairs(output / TABLE, pairs)
+    counts = {"pairs": dict(sorted(Counter(pair.source for pair in pairs).items())), "dropped": dropped}
+    (output / "table.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    return counts
+
+
+def add_pairs(
+    pairs: Sequence[Pair],
+    folder: Path,
+    device: str,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict:
+    """Predict pairs and write them beside the shards of a folder, as ``train-pairs.safetensors``.
+
+    Parameters
+    ----------
+    pairs : sequence of Pair
+        As :func:`training_pairs` gives them.
+    folder : Path
+        Holds ``val`` and ``crystal``, with which no pair may share a cluster.
+    device : str
+        Where the teacher runs and backbones are repaired.
+    batch_size : int
+        Pairs predicted together.
+    on_progress : callable, optional
+        Called with the number of pairs each batch had.
+
+    Returns
+    -------
+    dict
+        Counts and drops, also written to ``pairs.json`` there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a hold-out is missing.
+    LeakageError
+        If a pair shares a cluster with them; nothing is predicted then.
+    """
+    held_out = [chain for split in ("val", "crystal") for chain in _first_chains(Shard(shard_path(folder, split)))]
+    check_leakage(heavy_chains(pairs), held_out)
+    predicted = predict_structures(pairs, device, batch_size, on_progress)
+    _, structures, unsound = sound_structures(pairs, predicted, device)
+    path = shard_path(folder, "train-pairs")
+    write_shard(path, structures)
+    summary = {**_counts(path, structures), "dropped": unsound, "leaks_remaining": 0}
+    (folder / "pairs.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
@@ -119,40 +236,67 @@ def predict_with_teacher(
             structures = list(shard)
             if all(_sequence(s) == pair.vh + pair.vl for s, pair in zip(structures, pairs, strict=True)):
                 return structures
-    predictions = predict_pairs([(pair.vh, pair.vl) for pair in pairs], device=device, on_progress=on_progress)
-    structures = [
+    write_shard(cache, predict_structures(pairs, device, on_progress=on_progress))
+    return list(Shard(cache))  # rounded as on every later call
+
+
+def predict_structures(
+    pairs: Sequence[Pair], device: str, batch_size: int = 8, on_progress: Callable[[int], None] | None = None
+) -> list[Structure]:
+    """Teacher structures of pairs; the teacher's mean pLDDT is their weight."""
+    predictions = predict_pairs([(pair.vh, pair.vl) for pair in pairs], batch_size, device, on_progress)
+    return [
         _structure(
             id=pair.id,
-            source=PAIR_SOURCE,
+            source=pair.source,
             chains=[pair.vh, pair.vl],
-            cdr=_annotate(pair.vh, pair.vl),
+            cdr=pair.cdr or _annotate(pair.vh, pair.vl),
             atom14=prediction.atom14,
             mask=_ATOM_EXISTS[_aatype(pair.vh + pair.vl)],
             weight=float(prediction.plddt.mean()) / 100,
         )
         for pair, prediction in zip(pairs, predictions, strict=True)
     ]
-    write_shard(cache, structures)
-    return list(Shard(cache))  # rounded as on every later call
 
 
-def _predicted_pairs(
-    data: Path, held_out: Sequence[HeavyChain], predict: Callable[[Sequence[Pair]], list[Structure]]
-) -> tuple[list[Pair], list[Structure], dict[str, int]]:
-    pairs, dropped = read_covabdab(data)
-    domains = [pair for pair in pairs if _is_domain(pair.vh, "H") and _is_domain(pair.vl, "L")]
-    dropped["not_variable_domains"] = len(pairs) - len(domains)
-    pairs, leaks = _without_leaks(domains, held_out)
-    dropped |= leaks
-    predictions = predict(pairs)
-    kept = []
-    for pair, before, after in zip(pairs, predictions, idealize_backbones(predictions), strict=True):
-        sound, problem = (None, "repaired_too_far") if repaired_too_far(before, after) else keep_sound(after)
+def sound_structures(
+    pairs: Sequence[Pair], predictions: Sequence[Structure], device: str = "cpu"
+) -> tuple[list[Pair], list[Structure], dict[str, dict[str, int]]]:
+    """Predictions with closed peptide bonds, without those that are unsure or broken, and drops of each source."""
+    kept, dropped = [], dict[str, dict[str, int]]()
+    for pair, before, after in zip(pairs, predictions, idealize_backbones(predictions, device=device), strict=True):
+        sound, problem = checked(before, after)
         if sound is None:
-            dropped[problem] = dropped.get(problem, 0) + 1
+            counts = dropped.setdefault(pair.source, {})
+            counts[problem] = counts.get(problem, 0) + 1
         else:
             kept.append((pair, sound))
     return [pair for pair, _ in kept], [structure for _, structure in kept], dropped
+
+
+def _held_out(entries: Sequence[SabdabEntry], crystals: Sequence[Crystal]) -> list[HeavyChain]:
+    return heavy_chains([entry for entry in entries if entry.split == "val"]) + heavy_chains(crystals)
+
+
+def _counts(path: Path, structures: Sequence[Structure]) -> dict:
+    return {
+        "structures": dict(sorted(Counter(structure.source for structure in structures).items())),
+        "residues": sum(map(len, structures)),
+        "residues_without_target": sum(int((~structure.atom14_mask[:, 1]).sum()) for structure in structures),
+        "bytes": path.stat().st_size,
+    }
+
+
+def _first_chains(shard: Shard) -> list[HeavyChain]:
+    """VH and CDR-H3 of the structures of a shard, by their annotation and by ours."""
+    chains = []
+    for structure in shard:
+        first = structure.select(np.flatnonzero(structure.chain_index == 0))
+        sequence = _sequence(first)
+        digits = "".join(map(str, first.cdr)), check_variable_domain(sequence).cdr
+        cdr3 = {"".join(aa for aa, digit in zip(sequence, cdr, strict=False) if digit == "3") for cdr in digits}
+        chains.append(HeavyChain(structure.id, sequence, frozenset(cdr3 - {""})))
+    return chains
 
 
 def _without_leaks(items: list[_Item], held_out: Sequence[HeavyChain]) -> tuple[list[_Item], dict[str, int]]:

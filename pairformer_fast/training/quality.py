@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from pairformer_fast.model.rigid import distances
 from pairformer_fast.training.shards import Structure
 
 PEPTIDE_BOND = 1.33
@@ -25,6 +27,30 @@ MAX_REPAIR = 3.0
 
 CLASH = 3.0
 """Smallest accepted CA-CA distance of residues that are no neighbours, Å."""
+
+SURE = 0.85
+"""Least accepted confidence of a prediction (mean pLDDT over 100)."""
+
+
+def checked(before: Structure, after: Structure) -> tuple[Structure | None, str]:
+    """A repaired prediction as a target; None and the problem if it is none.
+
+    Parameters
+    ----------
+    before, after : Structure
+        Prediction, with its confidence as weight, and the same with closed peptide bonds.
+
+    Returns
+    -------
+    structure : Structure or None
+    problem : str
+        ``unsure``, ``repaired_too_far``, one of :func:`keep_sound`, or empty.
+    """
+    if before.weight < SURE:
+        return None, "unsure"
+    if repaired_too_far(before, after):
+        return None, "repaired_too_far"
+    return keep_sound(after)
 
 
 def keep_sound(structure: Structure) -> tuple[Structure | None, str]:
@@ -53,10 +79,9 @@ def keep_sound(structure: Structure) -> tuple[Structure | None, str]:
     broken[1:] |= off
     if broken.mean() > MAX_BROKEN:
         return None, "broken_bonds"
-    apart = np.linalg.norm(ca[:, None] - ca[None], axis=-1)
-    apart[np.abs(np.subtract.outer(np.arange(len(ca)), np.arange(len(ca)))) < 2] = np.inf
-    apart[broken] = apart[:, broken] = np.inf
-    if apart.min(initial=np.inf) < CLASH:
+    whole = torch.from_numpy(np.where(broken[:, None], np.nan, ca))
+    # the comparison with NaN is False
+    if bool((distances(whole) < CLASH).triu(2).any()):
         return None, "ca_clash"
     return replace(structure, atom14_mask=structure.atom14_mask & ~broken[:, None]), ""
 

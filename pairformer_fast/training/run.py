@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pairformer_fast.bias import FactorNetworks, attach_factors, set_attention
+from pairformer_fast.bias import FactorNetworks, FactorsError, attach_factors, set_attention
 from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import BiasMethod
 from pairformer_fast.model.checkpoint import save_checkpoint
-from pairformer_fast.model.factors import HIDDEN, factor_networks
+from pairformer_fast.model.factors import HIDDEN, factor_networks, load_factors
 from pairformer_fast.model.folding import FoldingModel
+from pairformer_fast.training.origin import load_start, origin_facts
 from pairformer_fast.training.settings import TrainAttention, TrainConfig
 
 RANK = 16
@@ -48,18 +49,35 @@ class Run:
 
     parts: dict[str, Averaged]
     optimizer: torch.optim.Optimizer
+    origin: dict[str, Any] | None = None
     step: int = 0
     seconds: float = 0.0
 
     @classmethod
-    def start(cls, config: TrainConfig, device: torch.device) -> Run:
-        """Fresh weights, as the global random state has them."""
+    def start(cls, config: TrainConfig, device: torch.device, origin: Path | None = None) -> Run:
+        """Weights of a checkpoint, or fresh ones, as the global random state has them.
+
+        Parameters
+        ----------
+        config : TrainConfig
+        device : torch.device
+        origin : Path, optional
+            Checkpoint to start from. Where factors are learned, networks come from its side file if it has one.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError, FactorsError
+            If the checkpoint or its side file cannot be read, or does not fit the settings.
+        """
         settings = config.train
-        model = FoldingModel(config.model).to(device)
+        model = FoldingModel(config.model)
+        if origin is not None:
+            load_start(model, origin, config.attention.bias)
+        model.to(device)
         set_attention(model, config.attention.config)
         parts = {"model": Averaged.of(model, settings.ema_decay)}
         if config.attention.bias is BiasMethod.LEARNED:
-            networks = Averaged.of(_networks(model, config.attention).to(device), settings.ema_decay)
+            networks = Averaged.of(_networks(model, config.attention, origin).to(device), settings.ema_decay)
             attach_factors(model, cast(FactorNetworks, networks.module))
             attach_factors(parts["model"].average.module, cast(FactorNetworks, networks.average.module))
             parts["networks"] = networks
@@ -68,7 +86,7 @@ class Run:
             lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay,
             fused=device.type == "cuda",
         )  # fmt: skip
-        return cls(parts, optimizer)
+        return cls(parts, optimizer, None if origin is None else origin_facts(origin, config.attention.bias))
 
     @property
     def model(self) -> FoldingModel:
@@ -95,6 +113,7 @@ class Run:
         state: dict[str, Any] = {name: part.module.state_dict() for name, part in self.parts.items()}
         state |= {_average_of(name): part.average.state_dict() for name, part in self.parts.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+        state |= {"origin": self.origin}
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -104,9 +123,16 @@ class Run:
         Raises
         ------
         ValueError
-            If one run has learned factors and the other a dense bias, or their networks differ.
+            If one run has learned factors and the other a dense bias, their networks differ, or the runs started from
+            different weights.
         """
         state = torch.load(path, map_location=device, weights_only=True)
+        if state.get("origin") != self.origin:
+            names = [facts["weights"] if facts else "fresh weights" for facts in (state.get("origin"), self.origin)]
+            raise ValueError(
+                f"{path} is of a run that started from {names[0]}, but this one starts from {names[1]}, or these have "
+                "changed since: start from the same or change the output folder"
+            )
         if ("networks" in state) != ("networks" in self.parts):
             bias = {True: "learned", False: "dense"}
             raise ValueError(
@@ -130,10 +156,21 @@ class Run:
             cast(FactorNetworks, self.parts["networks"].average.module).save(side_file(path), path, facts)
 
 
-def _networks(model: FoldingModel, attention: TrainAttention) -> FactorNetworks:
+def _networks(model: FoldingModel, attention: TrainAttention, origin: Path | None) -> FactorNetworks:
+    """Networks of the side file of ``origin`` if there is one, else fresh ones."""
     rank = RANK if attention.rank is None else attention.rank
     hidden = HIDDEN if attention.hidden is None else attention.hidden
-    return factor_networks(model, rank, hidden=hidden, table=attention.table)
+    networks = factor_networks(model, rank, hidden=hidden, table=attention.table)
+    if origin is None or not side_file(origin).is_file():
+        return networks
+    loaded = load_factors(side_file(origin), model, origin)
+    for name, shape in networks.shapes.items():
+        if loaded.shapes[name] != shape:
+            raise FactorsError(
+                f"{side_file(origin)} does not fit the settings: {name} has {loaded.shapes[name]} there and {shape} in "
+                "the settings: change attention in the preset, or remove the file to start with fresh networks"
+            )
+    return loaded.requires_grad_(True).train()
 
 
 def _average_of(name: str) -> str:

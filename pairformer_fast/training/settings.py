@@ -20,6 +20,9 @@ class TrainSettings(Frozen):
         Chains a step and GPU.
     mixture : dict
         Relative share of each data source.
+    loss_from : float
+        Share of the schedule of the loss's weights at which the run starts: 1 keeps their last values, for weights that
+        have been through it.
     padded_lengths : tuple of int
         Batches are padded to one of these, so that few CUDA graphs serve them all.
     heavy_only, light_only, swapped : float
@@ -35,6 +38,7 @@ class TrainSettings(Frozen):
     weight_decay: float = Field(default=0.01, ge=0)
     gradient_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    loss_from: float = Field(default=0.0, ge=0, le=1)
     max_recycles: int = Field(default=1, ge=0)
     mixture: dict[str, float] = Field(default={"sabdab": 0.5, "covabdab": 0.5})
     padded_lengths: tuple[int, ...] = (136, 240, 256)
@@ -57,14 +61,15 @@ class TrainAttention(Frozen):
         Of the networks, see :class:`~pairformer_fast.bias.NetworkShape`; for ``learned`` only, ``rank`` by default 16
         and ``hidden`` 128.
     backend : Backend
-        Implementation of attention and of the operations around it.
+        Implementation of attention and of the operations around it: with ``auto`` the kernels on a GPU, and PyTorch
+        elsewhere.
     """
 
     bias: Literal[BiasMethod.DENSE, BiasMethod.LEARNED] = BiasMethod.DENSE
     rank: int | None = Field(default=None, ge=1)
     hidden: int | None = Field(default=None, ge=1)
     table: int | None = Field(default=None, ge=1)
-    backend: Backend = Backend.REFERENCE
+    backend: Backend = Backend.AUTO
 
     @model_validator(mode="after")
     def _networks_for_learned_only(self) -> TrainAttention:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from pairformer_fast.model.residue import ATOM14, RESTYPES, THREE_LETTER
 SABDAB = "sabdab_vh.jsonl.gz"
 COVABDAB = "covabdab_pairs.csv.gz"
 CRYSTALS = "fv_crystal"
+
+COVABDAB_SOURCE = "covabdab"
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class SabdabEntry:
 
 @dataclass(frozen=True)
 class Pair:
-    """One VH/VL pair without structure; ``cdrh3`` may be empty."""
+    """One VH/VL pair without structure; ``cdrh3`` may be empty, and so may ``cdr``, a digit per residue of both."""
 
     id: str
     vh: str
     vl: str
     cdrh3: str
+    source: str = COVABDAB_SOURCE
+    cdr: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,45 @@ def read_covabdab(folder: Path) -> tuple[list[Pair], dict[str, int]]:
             else:
                 pairs[key] = Pair(row["name"], row["vh"], row["vl"], row["cdrh3"])
     return list(pairs.values()), dropped
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs to a gzipped CSV file, for :func:`read_pairs`; it appears only when complete."""
+    columns = [field.name for field in fields(Pair)]
+    partial = path.with_name(path.name + ".partial")
+    # no time stamp: the same pairs give the same bytes
+    with (
+        partial.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(asdict(pair) for pair in pairs)
+    partial.replace(path)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Pairs of a file of :func:`write_pairs`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is absent.
+    ValueError
+        If it is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; make it with scripts/prepare_antibody_data.py --table")
+    columns = [field.name for field in fields(Pair)]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != columns:
+                raise ValueError(f"{path} is no table of pairs: columns {reader.fieldnames}, expected {columns}")
+            return [Pair(**row) for row in reader]
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{path} is no table of pairs: {error}") from None
 
 
 def read_crystals(folder: Path) -> list[Crystal]:

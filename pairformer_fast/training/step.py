@@ -90,8 +90,7 @@ class GradientStep:
         return {name: value.detach() for name, value in losses.items()}
 
     def _capture(self, batch: Batch, recycles: int) -> _Captured:
-        if not self._captured:
-            self._warm_up(batch, recycles)
+        self._warm_up(batch, recycles)
         graph = torch.cuda.CUDAGraph()
         # thread_local: the watchdog of NCCL may query events of its own meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -99,7 +98,7 @@ class GradientStep:
         return _Captured(graph, batch, losses)
 
     def _warm_up(self, batch: Batch, recycles: int) -> None:
-        """Let libraries allocate what they keep, before the first capture."""
+        """Let libraries allocate and kernels compile for the batch's shape: a capture may not hold that."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

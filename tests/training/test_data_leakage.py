@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,21 @@ import pytest
 from biotite.structure import Atom, array
 from biotite.structure.io.pdb import PDBFile
 
-from pairformer_fast.model.residue import ATOM14, THREE_LETTER
+from pairformer_fast.model.residue import ATOM14, RESTYPES, THREE_LETTER
 from pairformer_fast.training import prepare as module
+from pairformer_fast.training.dataset import AntibodyDataset
+from pairformer_fast.training.derive import Derivation
 from pairformer_fast.training.leakage import HeavyChain, LeakageError, check_leakage, find_leaks
-from pairformer_fast.training.prepare import predict_with_teacher, prepare
+from pairformer_fast.training.prepare import (
+    TABLE,
+    add_pairs,
+    predict_with_teacher,
+    prepare,
+    sound_structures,
+    write_table,
+)
 from pairformer_fast.training.shards import Shard, Structure, shard_path
-from pairformer_fast.training.sources import Pair
+from pairformer_fast.training.sources import Pair, read_pairs
 from pairformer_fast.training.teacher import TeacherStructure
 
 from .structures import helix, structure
@@ -98,7 +108,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def predicted(pairs: Sequence[Pair]) -> list[Structure]:
-    return [structure(pair.id, [pair.vh, pair.vl], "covabdab", all_atoms=True) for pair in pairs]
+    made = [structure(pair.id, [pair.vh, pair.vl], pair.source, all_atoms=True) for pair in pairs]
+    return [replace(one, weight=0.9) for one in made]
 
 
 def test_prepare_drops_and_counts(data: Path, tmp_path: Path) -> None:
@@ -126,7 +137,7 @@ def test_nothing_is_written_if_a_leak_remains(data: Path, tmp_path: Path, monkey
 def test_teacher_predictions_are_kept_for_the_same_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def teacher(pairs, device, on_progress):
+    def teacher(pairs, batch_size, device, on_progress):
         calls.append(len(pairs))
         atom14 = structure("any", [*pairs[0]], all_atoms=True).atom14
         return [TeacherStructure(atom14, np.full(len(atom14), 80.0, dtype=np.float32)) for _ in pairs]
@@ -142,3 +153,49 @@ def test_teacher_predictions_are_kept_for_the_same_pairs(tmp_path: Path, monkeyp
     assert first[0].weight == pytest.approx(0.8)
     predict_with_teacher([pairs[0], Pair("b", OTHER.format("AKR"), VL, "")], cache, "cpu")
     assert calls == [2, 2]
+
+
+def teacher_of_helices(pairs, batch_size, device, on_progress):
+    made = [structure("any", [*pair], all_atoms=True).atom14 for pair in pairs]
+    return [TeacherStructure(atom14, np.full(len(atom14), 90.0, dtype=np.float32)) for atom14 in made]
+
+
+def test_a_table_of_pairs_becomes_a_shard_beside_the_others(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare(data, out, None)
+    written = write_table(data, out, Derivation(count=4))
+    assert written["pairs"] == {"covabdab": 1, "derived": 4}
+    pairs = read_pairs(out / TABLE)
+    assert [pair.source for pair in pairs] == ["covabdab"] + ["derived"] * 4
+
+    monkeypatch.setattr(module, "predict_pairs", teacher_of_helices)
+    summary = add_pairs(pairs, out, "cpu", 2)
+    assert summary["structures"] == written["pairs"]
+    dataset = AntibodyDataset(out, "train")
+    assert dataset.ids == ["1trn", "clean", *(pair.id for pair in pairs[1:])]
+    assert dataset.sources == ["sabdab", *(pair.source for pair in pairs)]
+    assert [dataset.chain_count(index) for index in range(6)] == [1, 2, 2, 2, 2, 2]
+    last = dataset[5]
+    assert "".join(RESTYPES[aa] for aa in last["aatype"]) == pairs[-1].vh + pairs[-1].vl
+    assert "".join(str(int(digit)) for digit in last["cdr"]) == pairs[-1].cdr
+    assert float(last["weight"]) == pytest.approx(0.9)
+
+
+def test_a_table_with_a_leak_is_not_predicted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    prepare(data, out, None)
+    monkeypatch.setattr(module, "predict_pairs", lambda *_: pytest.fail("predicted"))
+    crystal = Pair("bad", FRAMEWORK.format("CCDDFFGGHHIY"), VL, "")
+    with pytest.raises(LeakageError, match="bad with 1XTL"):
+        add_pairs([crystal], out, "cpu", 2)
+    assert not shard_path(out, "train-pairs").exists()
+
+
+def test_unsure_predictions_are_dropped_and_counted() -> None:
+    pairs = [Pair(name, OTHER.format("AKK"), VL, "") for name in "ab"]
+    sure, unsure = predicted(pairs)
+    kept, structures, dropped = sound_structures(pairs, [sure, replace(unsure, weight=0.8)])
+    assert [pair.id for pair in kept] == [one.id for one in structures] == ["a"]
+    assert dropped == {"covabdab": {"unsure": 1}}
