@@ -157,6 +157,45 @@ def flash_bias_attention(
     return out, lse.reshape(*shape[:-3], shape[-2], shape[-3])
 
 
+def packed_flash_bias_attention(
+    qkv: Tensor,
+    bias: Tensor | Factors | None = None,
+    mask: Tensor | None = None,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """The same for q, k and v side by side, whose gradients are written side by side.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        ``[B, I, N, 3, H, D]``, floating point, any strides.
+    bias, mask, backend
+        As in :func:`flash_bias_attention`.
+
+    Returns
+    -------
+    Tensor
+        ``[B, I, N, H, D]``.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`flash_bias_attention`.
+    """
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, I, N, 3, H, D], but got {list(qkv.shape)}")
+    q, k, v = qkv.unbind(3)
+    if chosen_backend(Backend(backend), q) is not Backend.TRITON:
+        return flash_bias_attention(q, k, v, bias, mask, backend)
+    terms = _bias_terms(bias)
+    check_qkv(q, k, v)
+    check_terms(terms, q, k)
+    check_masks(mask, None, q, k)
+    from pairformer_fast.kernels.flash_bias import operator
+
+    return operator.attention(qkv, None, None, terms, mask, None, None)[0]
+
+
 def _bias_terms(bias: Tensor | Factors | None) -> BiasTerms:
     match bias:
         case None:

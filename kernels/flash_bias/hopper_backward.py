@@ -28,7 +28,7 @@ from pairformer_fast.kernels.flash_bias.hopper_common import (
 )
 from pairformer_fast.kernels.flash_bias.hopper_pairs import pairs_kernel
 from pairformer_fast.kernels.flash_bias.hopper_tiles import HopperTiles, choose
-from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients
+from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients, room
 from pairformer_fast.kernels.flash_bias.triton_common import (
     load_tokens,
     load_vector,
@@ -107,6 +107,7 @@ def backward(
     mask: Tensor | None,
     gate: Tensor | None,
     needs: frozenset[str],
+    packed: Tensor | None = None,
     *,
     tiles: dict[str, HopperTiles] | None = None,
 ) -> Gradients:
@@ -122,6 +123,8 @@ def backward(
         What the forward pass returned.
     needs : frozenset of str
         Fields of ``Gradients``.
+    packed : Tensor, optional
+        ``[B, I, N, 3, H, D]``, where the gradients of q, k and v go.
     tiles : dict of str to HopperTiles, optional
         By kind, in place of those of the table.
 
@@ -135,9 +138,11 @@ def backward(
         do, scaled, delta, grads["gate"] = _prepare(dout, dlse, out, lse, gate)
         problem = _Problem(q, k, v, do, scaled, delta, terms, mask)
         if needs & {"q", "phi_q"}:
-            grads["q"], _, grads["phi_q"] = _own(problem, tiles.get("backward_dq"), keys=False)
+            grads["q"] = room(q, packed, 0)
+            grads["phi_q"] = _own(problem, tiles.get("backward_dq"), grads["q"])
         if needs & {"k", "v", "phi_k"}:
-            grads["k"], grads["v"], grads["phi_k"] = _own(problem, tiles.get("backward_dkv"), keys=True)
+            grads["k"], grads["v"] = room(k, packed, 1), room(v, packed, 2)
+            grads["phi_k"] = _own(problem, tiles.get("backward_dkv"), grads["k"], grads["v"])
         if "dense" in needs:
             grads["dense"] = _pairs(problem, tiles.get("backward_pairs"))
     return Gradients(*(grads.get(name) if name in needs else None for name in Gradients._fields))
@@ -179,9 +184,10 @@ def _chunks(work: int, items: int, device: torch.device) -> tuple[int, int]:
     return ceil_div(items, each), each
 
 
-def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of what lies on the side of the keys (k, v, phi_k) or of the queries (q, nothing, phi_q)."""
+def _own(problem: _Problem, tiles: HopperTiles | None, grad0: Tensor, grad1: Tensor | None = None) -> Tensor | None:
+    """Fill gradients on the side of the keys (of k and v) or of the queries (of q); returns that of phi_k or phi_q."""
     q, k, v, do, lse, delta, terms, mask = problem
+    keys = grad1 is not None
     own0, own1, other0, other1 = (k, v, q, do) if keys else (q, do, k, v)
     batch, count, own_length, heads, dim = own0.shape
     other_length = other0.shape[2]
@@ -193,8 +199,6 @@ def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[T
     bias = bias_operands(terms, own0_desc, tiles.block, transposed=keys)
     phi = terms.phi_k if keys else terms.phi_q
     rank = 16 if phi is None else phi.shape[-1]
-    grad0 = torch.empty(own0.shape, dtype=q.dtype, device=q.device)
-    grad1 = torch.empty_like(grad0) if keys else grad0
     shares = grad0
     if phi is not None:
         shares = torch.empty(batch, chunks, heads, own_length, rank, dtype=torch.float32, device=q.device)
@@ -211,7 +215,7 @@ def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[T
         bias.flags,
         *mask_operands(mask, q),
         (lse, delta, lse.stride(2)),
-        (grad0, grad1, shares),
+        (grad0, grad0 if grad1 is None else grad1, shares, grad0.stride(2)),
         (
             total,
             blocks,
@@ -238,7 +242,7 @@ def _own(problem: _Problem, tiles: HopperTiles | None, *, keys: bool) -> tuple[T
         REGISTERS_EACH=REGISTERS[tiles.consumers],
         num_warps=4,
     )
-    return grad0, grad1, None if phi is None else shares.sum(1).to(phi.dtype)
+    return None if phi is None else shares.sum(1).to(phi.dtype)
 
 
 def _pairs(problem: _Problem, tiles: HopperTiles | None) -> Tensor:

@@ -271,11 +271,11 @@ def consumer(
             for g in gl.static_range(GROUP):
                 i = group * GROUP + g
                 if i < rows:
-                    offset = ((b.to(gl.int64) * rows + i) * own_length * H + h) * D
+                    offset = (b.to(gl.int64) * rows + i) * own_length * outputs[3] + h * D
                     # exp2 took scores in units of log2, whose gradient is that of the scores times 1.
-                    store_rows(outputs[0] + offset, H * D, grad0[g] * (scale / LOG2E), first, own_length, D)
+                    store_rows(outputs[0] + offset, outputs[3], grad0[g] * (scale / LOG2E), first, own_length, D)
                     if KEYS:
-                        store_rows(outputs[1] + offset, H * D, grad1[g], first, own_length, D)
+                        store_rows(outputs[1] + offset, outputs[3], grad1[g], first, own_length, D)
         if LOW_RANK:
             mbarrier.arrive(phi_empty.index(c), count=1)
             share = ((b.to(gl.int64) * chunks + i_chunk) * H + h) * own_length * R

@@ -50,15 +50,16 @@ def backward(
     pair_mask: Tensor | None,
     gate: Tensor | None,
     needs: frozenset[str],
+    packed: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of the inputs named in ``needs``."""
+    """Gradients of the inputs named in ``needs``; those of q, k and v in ``packed [B, I, N, 3, H, D]`` if given."""
     if hopper_takes(q, k, v, terms, pair_mask):
         from pairformer_fast.kernels.flash_bias import hopper_backward
 
-        return hopper_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, gate, needs)
+        return hopper_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, gate, needs, packed)
     from pairformer_fast.kernels.flash_bias import triton_backward
 
-    return triton_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, needs)
+    return triton_backward.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, needs, packed)
 
 
 def hopper_takes(q: Tensor, k: Tensor, v: Tensor, terms: BiasTerms, pair_mask: Tensor | None) -> bool:

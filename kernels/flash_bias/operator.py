@@ -23,14 +23,17 @@ _INPUTS = ("q", "k", "v", "dense", "phi_q", "phi_k", "table", "dense_tiles", "ma
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     terms: BiasTerms,
     mask: Tensor | None,
     pair_mask: Tensor | None,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logarithm of the softmax denominators; arguments in the triangle layout of the api."""
+    """Output and logarithm of the softmax denominators; arguments in the triangle layout of the api.
+
+    Without k and v, q holds all three: ``[B, I, N, 3, H, D]``. So does its gradient, which saves a copy of each.
+    """
     if terms.phi_q is not None and terms.phi_q.shape[-1] > MAX_RANK:
         with torch.autocast(q.device.type, enabled=False):
             table = terms.additive(torch.float32)
@@ -41,8 +44,8 @@ def attention(
 @torch.library.custom_op("pairformer_fast::flash_bias_forward", mutates_args=())
 def flash_bias_forward(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     dense: Tensor | None,
     phi_q: Tensor | None,
     phi_k: Tensor | None,
@@ -56,13 +59,21 @@ def flash_bias_forward(
     from pairformer_fast.kernels.flash_bias import launch
 
     terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
-    return launch.forward(q, k, v, terms, mask, pair_mask, gate)
+    return launch.forward(*_parts(q, k, v), terms, mask, pair_mask, gate)
 
 
 @flash_bias_forward.register_fake
 def _(q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, rows, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, rows, heads, queries), dtype=torch.float32)
+    *size, heads, dim = q.shape
+    batch, rows, queries = size[:3]
+    out = q.new_empty((batch, rows, queries, heads, dim))
+    return out, q.new_empty((batch, rows, heads, queries), dtype=torch.float32)
+
+
+def _parts(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if k is None or v is None:
+        q, k, v = q.unbind(3)
+    return q, k, v
 
 
 @torch.library.custom_op("pairformer_fast::flash_bias_backward", mutates_args=())
@@ -72,8 +83,8 @@ def flash_bias_backward(
     out: Tensor,
     lse: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     dense: Tensor | None,
     phi_q: Tensor | None,
     phi_k: Tensor | None,
@@ -88,9 +99,12 @@ def flash_bias_backward(
     from pairformer_fast.kernels.flash_bias import launch
 
     terms = BiasTerms(dense, phi_q, phi_k, table, dense_tiles)
-    wanted = frozenset(name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed)
-    gradients = launch.backward(dout, dlse, q, k, v, out, lse, terms, mask, pair_mask, gate, wanted)
-    return [getattr(gradients, name) for name in DIFFERENTIABLE if name in wanted]
+    names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+    packed = q.new_empty(q.shape) if k is None and "q" in names else None
+    wanted = frozenset(names if packed is None else [*names, "k", "v"])
+    parts = _parts(q, k, v)
+    gradients = launch.backward(dout, dlse, *parts, out, lse, terms, mask, pair_mask, gate, wanted, packed)
+    return [packed if packed is not None and name == "q" else getattr(gradients, name) for name in names]
 
 
 @flash_bias_backward.register_fake

@@ -60,8 +60,13 @@ class BiasTerms(NamedTuple):
         return BiasTerms(dense, phi_q, phi_k, self.table, dense_tiles)
 
 
+def room(like: Tensor, packed: Tensor | None, part: int) -> Tensor:
+    """Where the gradient of ``like`` goes: a new tensor, or a part of one for q, k and v."""
+    return like.new_empty(like.shape) if packed is None else packed.select(3, part)
+
+
 class Gradients(NamedTuple):
-    """Contiguous gradients, in the dtypes of the inputs; None where none was asked for."""
+    """Gradients in the dtypes of the inputs, contiguous but for those in one tensor; None where none was asked for."""
 
     q: Tensor | None
     k: Tensor | None

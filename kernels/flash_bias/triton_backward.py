@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients
+from pairformer_fast.kernels.flash_bias.terms import BiasTerms, Gradients, room
 from pairformer_fast.kernels.flash_bias.triton_backward_kernels import (
     dkv_kernel,
     dq_kernel,
@@ -96,6 +96,7 @@ def backward(
     pair_mask: Tensor | None,
     gate: Tensor | None,
     needs: frozenset[str],
+    packed: Tensor | None = None,
     *,
     tiles: Mapping[str, Tiles] | None = None,
 ) -> Gradients:
@@ -111,6 +112,8 @@ def backward(
         What the forward pass returned.
     needs : frozenset of str
         Fields of ``Gradients``.
+    packed : Tensor, optional
+        ``[B, I, N, 3, H, D]``, where the gradients of q, k and v go.
     tiles : mapping of str to Tiles, optional
         By kind, in place of those of the table.
 
@@ -130,9 +133,11 @@ def backward(
         problem = _Problem(q, k, v, do, lse, delta, terms, mask, pair_mask)
         ends = None
         if needs & {"q", "phi_q", "table"}:
-            grads["q"], grads["phi_q"], ends = _dq(problem, chosen["backward_dq"], needs, band_tile)
+            grads["q"] = room(q, packed, 0)
+            grads["phi_q"], ends = _dq(problem, grads["q"], chosen["backward_dq"], needs, band_tile)
         if needs & {"k", "v", "phi_k"}:
-            grads["k"], grads["v"], grads["phi_k"] = _dkv(problem, chosen["backward_dkv"], needs)
+            grads["k"], grads["v"] = room(k, packed, 1), room(v, packed, 2)
+            grads["phi_k"] = _dkv(problem, grads["k"], grads["v"], chosen["backward_dkv"], needs)
         if "dense" in needs:
             grads["dense"] = _ddense(problem, chosen["backward_pairs"])
         if "table" in needs:
@@ -172,16 +177,15 @@ def _prepare(
 
 
 def _dq(
-    problem: _Problem, tiles: Tiles, needs: frozenset[str], band_tile: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q and phi_q, and the sums of each query's bias gradients on either side of the table's band."""
+    problem: _Problem, dq: Tensor, tiles: Tiles, needs: frozenset[str], band_tile: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill the gradient of q; returns that of phi_q, and sums of bias gradients on either side of the table's band."""
     q, phi_q = problem.q, problem.terms.phi_q
     batch, count, queries, heads, _ = q.shape
     programs = triton.cdiv(queries, tiles.block_m) * heads * batch
     chunks = _Chunks(triton.cdiv(count, tiles.group), tiles.group)
     if needs & {"phi_q", "table"}:
         chunks = problem.chunks(programs, tiles.group)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     shares = _shares(phi_q, chunks) if phi_q is not None and "phi_q" in needs else None
     ends = None
     if "table" in needs:
@@ -198,18 +202,17 @@ def _dq(
         BAND_TILE=band_tile,
         **problem.options(tiles),
     )
-    return dq, None if shares is None else _summed(shares, q), ends
+    return None if shares is None else _summed(shares, q), ends
 
 
-def _dkv(problem: _Problem, tiles: Tiles, needs: frozenset[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of k, v and phi_k."""
+def _dkv(problem: _Problem, dk: Tensor, dv: Tensor, tiles: Tiles, needs: frozenset[str]) -> Tensor | None:
+    """Fill the gradients of k and v; returns that of phi_k."""
     k, phi_k = problem.k, problem.terms.phi_k
     batch, count, keys, heads, _ = k.shape
     programs = triton.cdiv(keys, tiles.block_n) * heads * batch
     chunks = _Chunks(triton.cdiv(count, tiles.group), tiles.group)
     if "phi_k" in needs:
         chunks = problem.chunks(programs, tiles.group)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     shares = _shares(phi_k, chunks) if phi_k is not None and "phi_k" in needs else None
     dkv_kernel[(programs * chunks.shares,)](
         *problem.operands,
@@ -221,7 +224,7 @@ def _dkv(problem: _Problem, tiles: Tiles, needs: frozenset[str]) -> tuple[Tensor
         GROUP=tiles.group,
         **problem.options(tiles),
     )
-    return dk, dv, None if shares is None else _summed(shares, k)
+    return None if shares is None else _summed(shares, k)
 
 
 def _ddense(problem: _Problem, tiles: Tiles) -> Tensor:

@@ -1,8 +1,8 @@
 """Backward pass: edges and product are made again, then Triton between products by cuBLAS, a chunk of rows at a time.
 
-With ``P`` the padded tokens (``triton_forward.py``), and C_hidden no more than C, it holds at most 5.5 tensors of
+With ``P`` the padded tokens (``triton_forward.py``), and C_hidden no more than C, it holds at most 7 tensors of
 ``P x P x C`` in the dtype of the products at N = 640 and above: both edges, their product, the gradient of the gate,
-1/4 of an edge, and what a chunk needs. Once the edges are done with, the gradient of z takes their place.
+1/2 of an edge, and what a chunk needs. Once the edges are done with, the gradient of z takes their place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pairformer_fast.kernels.weight_gradient import WeightGradient
 STACKED = ("a", "a_gate", "b", "b_gate", "gate")
 """Weights of the projections of the normalised z, in the order in which their gradients lie side by side."""
 
-CHUNKS = 4
+CHUNKS = 2
 """Parts of the rows, and of the channels, that are worked on one after the other."""
 
 CHUNK_TOKENS = 65536

@@ -16,7 +16,12 @@ from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsE
 from pairformer_fast.bias.methods import MissingFactorNetworksError
 from pairformer_fast.bias.policy import Factorization, factorize, keeps_dense
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
-from pairformer_fast.kernels.flash_bias import Factors, chosen_backend, flash_bias_attention
+from pairformer_fast.kernels.flash_bias import (
+    Factors,
+    chosen_backend,
+    flash_bias_attention,
+    packed_flash_bias_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,10 @@ class PairBiasAttention(Configured):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | Factors, mask: Tensor | None) -> Tensor:
         """Attend, in all rows I or in some, with what :meth:`decide` or :meth:`factors` gave."""
         return flash_bias_attention(q, k, v, decided, mask, self.config.backend)
+
+    def attend_packed(self, qkv: Tensor, decided: Tensor | Factors, mask: Tensor | None) -> Tensor:
+        """The same for ``qkv [B, I, N, 3, H, D]``, which saves copies of gradients; ``[B, I, N, H, D]``."""
+        return packed_flash_bias_attention(qkv, decided, mask, self.config.backend)
 
     def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
         """What becomes of the bias, reported in evaluation mode."""

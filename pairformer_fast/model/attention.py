@@ -54,10 +54,9 @@ def projections(mha: Any) -> Tensor:
     return torch.cat([mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight])
 
 
-def heads(mha: Any, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views ``[..., H, D]`` of q, k and v in ``[..., 3 H D]``."""
-    q, k, v = projected.unflatten(-1, (3, mha.no_heads, -1)).unbind(-3)
-    return q, k, v
+def heads(mha: Any, projected: Tensor) -> Tensor:
+    """``projected [..., 3 H D]`` as q, k and v of each head, ``[..., 3, H, D]``."""
+    return projected.unflatten(-1, (3, mha.no_heads, -1))
 
 
 class TriangleAttention(Configured):
@@ -133,12 +132,16 @@ class TriangleUpdate:
         slab = rows_at_a_time(z, len(weight) + len(weight) // 3)
         if slab is None:
             projected, bias = self._project(z, weight, bias_weight)
-            (q, k, v), mask = self._heads(projected), self._turned(pair_mask)
-            attended = core(q, k, v, core.factors(*self.tokens(z, pair_mask), q) if bias is None else bias, mask)
-            return self._finish(z, attended, dropout, out)
+            qkv, mask = self._heads(projected), self._turned(pair_mask)
+            q, k, _ = qkv.unbind(-3)
+            if bias is None:
+                decided: Tensor | Factors = core.factors(*self.tokens(z, pair_mask), q)
+            else:
+                decided = core.decide(q, k, bias, mask)
+            return self._finish(z, core.attend_packed(qkv, decided, mask), dropout, out)
         q, k, mask = self.sample(z, pair_mask)
         if core.learned:
-            decided: Tensor | Factors = core.factors(*self.tokens(z, pair_mask), q)
+            decided = core.factors(*self.tokens(z, pair_mask), q)
         else:
             decided = core.decide(q, k, self.bias(z), mask)
         rows = z.shape[2 if self.ending else 1]
@@ -146,7 +149,7 @@ class TriangleUpdate:
         for start in range(0, rows, slab):
             part = slice(start, start + slab)
             some, keep = self._rows(z, part), self._turned(self._rows(pair_mask, part))
-            attended = core.attend(*self._heads(self._project(some, weight, None)[0]), decided, keep)
+            attended = core.attend_packed(self._heads(self._project(some, weight, None)[0]), decided, keep)
             scale = None if dropout is None else self._rows(dropout.expand(z.shape), part)
             self._finish(some, attended, scale, self._rows(out, part))
         return out
@@ -164,7 +167,7 @@ class TriangleUpdate:
         """q, k ``[B, I, N, H, D]`` and mask ``[B, I, N]`` of some evenly spaced rows of attention."""
         rows = z.shape[2 if self.ending else 1]
         part = slice(None, None, -(-rows // SAMPLED_ROWS))
-        q, k, _ = self._heads(self._project(self._rows(z, part), projections(self.module.mha), None)[0])
+        q, k, _ = self._heads(self._project(self._rows(z, part), projections(self.module.mha), None)[0]).unbind(-3)
         return q, k, self._turned(self._rows(pair_mask, part))
 
     def _rows(self, x: Tensor, part: slice) -> Tensor:
@@ -180,8 +183,8 @@ class TriangleUpdate:
         norm = NormParameters.of(self.module.layer_norm)
         return layer_norm_linear(z, norm, weight, bias_weight, transposed=self.ending, backend=self.backend)
 
-    def _heads(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, attention's rows first."""
+    def _heads(self, projected: Tensor) -> Tensor:
+        """``[B, I, N, 3, H, D]`` queries, keys and values, attention's rows first."""
         return heads(self.module.mha, self._turned(projected))
 
     def _finish(self, z: Tensor, attended: Tensor, dropout: Tensor | None, out: Tensor | None) -> Tensor:
@@ -235,5 +238,5 @@ class AttentionPairBias(Configured):
         """q (not scaled), k and v ``[B, N, H, D]`` of ``s [B, 1, N, C_s]``."""
         norm = NormParameters.of(self.layer_norm_a)
         projected, _ = layer_norm_linear(row, norm, projections(self.mha), backend=FEW_TOKENS)
-        q, k, v = heads(self.mha, projected.squeeze(1))
+        q, k, v = heads(self.mha, projected.squeeze(1)).unbind(-3)
         return q + self.mha.linear_q.bias.view(q.shape[-2:]).to(q.dtype), k, v
