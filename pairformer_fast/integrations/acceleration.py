@@ -34,14 +34,11 @@ class Target(NamedTuple):
         All modules that change together.
     holder : nn.Module
         Which of them gets the core.
-    core : type
-        Class of the core.
     """
 
     path: str
     classes: tuple[NewClass, ...]
     holder: nn.Module
-    core: type[PairBiasAttention] = PairBiasAttention
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Acceleration:
         self._undo = [NewClass(module, type(module)) for module, _ in changes]
         self._holders = [target.holder for target in plan.targets]
         for target in plan.targets:
-            core = target.core().train(target.holder.training)
+            core = PairBiasAttention().train(target.holder.training)
             core.config = config
             target.holder.add_module(CORE, core)
             self._cores[target.path] = core

@@ -4,7 +4,8 @@ A pair block (of the trunk, the MSA and the confidence stack) runs this package'
 triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only what lies between q, k,
 v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node has OpenFold3's
 orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the sampler of
-the diffusion module runs, each bias is factorised once: it is the same in all steps and samples.
+the diffusion module runs, biases and all else that its steps have in common are computed once
+(:mod:`~pairformer_fast.integrations.openfold3_sampling`).
 
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
@@ -35,9 +36,9 @@ from openfold3.core.model.primitives.attention import Attention, GlobalAttention
 from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
 
-from pairformer_fast.bias import BiasFactors, PairBiasAttention
-from pairformer_fast.bias.policy import Factorization
+from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
+from pairformer_fast.integrations.openfold3_sampling import around_sampler
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.attention import TriangleUpdate
@@ -122,45 +123,6 @@ class FastPairBlock(PairBlock):
         return z.view(shape)
 
 
-class HoldingPairBiasAttention(PairBiasAttention):
-    """A core that decides about its bias once, for as long as :class:`FastSampleDiffusion` samples.
-
-    Factors are kept; of a dense bias only the decision is. Error and rank are those of the first call.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._holds = False
-        self._shape: torch.Size | None = None
-        self._factors: BiasFactors | None = None
-
-    def hold(self, holds: bool) -> None:
-        """Begin or end, and forget what was held."""
-        self._holds, self._shape, self._factors = holds, None, None
-
-    def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
-        if not self._holds or torch.is_grad_enabled():
-            return super()._decide(q, k, bias, mask)
-        if self._shape != bias.shape:
-            self._shape, self._factors = bias.shape, super()._decide(q, k, bias, mask).factors
-        return Factorization(bias, self._factors)
-
-
-class FastSampleDiffusion(SampleDiffusion):
-    """Sampling whose pair biases are factorised in the first step: they are the same in all steps and samples."""
-
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        """Sample; arguments as in the base class."""
-        cores = [module for module in self.diffusion_module.modules() if isinstance(module, HoldingPairBiasAttention)]
-        for core in cores:
-            core.hold(True)
-        try:
-            return super().forward(*arguments, **options)
-        finally:
-            for core in cores:
-                core.hold(False)
-
-
 _NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     TriangleAttention: FastTriangleAttention,
     TriangleAttentionEndingNode: FastTriangleAttentionEndingNode,
@@ -187,12 +149,13 @@ def plan(model: nn.Module) -> Plan:
     """
     targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
     swapped = {target.path for target in targets}
-    around = {}
-    for path, module in model.named_modules():
+    paths = {module: path for path, module in model.named_modules()}
+    around: dict[str, NewClass] = {}
+    for module, path in paths.items():
         if "forward" in vars(module):
             continue
         if type(module) is SampleDiffusion:
-            around[path] = NewClass(module, FastSampleDiffusion)
+            around |= around_sampler(module, paths, swapped)
         elif type(module) is PairBlock and _whole(module, path, swapped):
             around[path] = NewClass(module, FastPairBlock)
     return Plan(targets, skipped, around)
@@ -226,9 +189,7 @@ def _target(path: str, module: nn.Module) -> Target:
     cls = _NEW_CLASS[type(module)]
     if cls is FastAttentionPairBias and not all(_takes(module.get_submodule(x)) for x in ("linear_z", "layer_norm_z")):
         cls = AttentionPairBias
-    classes = (NewClass(module, cls), NewClass(mha, FastAttention))
-    diffusion = isinstance(module, DiffusionAttentionPairBias)
-    return Target(path, classes, mha, HoldingPairBiasAttention if diffusion else PairBiasAttention)
+    return Target(path, (NewClass(module, cls), NewClass(mha, FastAttention)), mha)
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

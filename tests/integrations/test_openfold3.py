@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
-from pairformer_fast.bias import BiasFactors, PairBiasAttention, collect_reports
+from pairformer_fast.bias import PairBiasAttention, collect_reports
 
 pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
 
@@ -20,7 +20,6 @@ from openfold3.core.model.layers.msa import MSAPairWeightedAveraging, MSARowAtte
 from openfold3.core.model.layers.transition import ReLUTransition
 from openfold3.core.model.layers.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
 from openfold3.core.model.primitives import Attention
-from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 
 C_S, C_Z = 32, 16
 DENSE = AttentionConfig(bias="dense")
@@ -472,48 +471,3 @@ def test_in_place_work_is_done_where_the_host_allows_it():
         found = model(z, batch["pair_mask"], inplace_safe=True)
     assert found.data_ptr() == z.data_ptr()
     assert torch.equal(found, expected)
-
-
-def sampling(samples: int = 2) -> tuple[nn.Module, dict]:
-    """Diffusion transformer under a sampler of two steps, with another pair representation in every call."""
-    dims = {"c_a": 24, "c_s": C_S, "c_z": C_Z, "c_hidden": 8, "no_heads": 3, "no_blocks": 2, "n_transition": 2}
-
-    class Denoiser(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.transformer = DiffusionTransformer(**dims, n_query=None, n_key=None, inf=1e9)
-            self.steps = 0
-
-        def forward(self, xl_noisy, zij_trunk, si_trunk, token_mask, **_):
-            self.steps += 1
-            a = xl_noisy.repeat(1, 1, 1, 8)
-            out = self.transformer(a=a, s=si_trunk.expand(*a.shape[:-1], C_S), z=zij_trunk, mask=token_mask)
-            return out[..., :3]
-
-    sampler = SampleDiffusion(0.8, 1.0, 1.0, 1.5, Denoiser())
-    batch = {"atom_mask": torch.ones(1, 1, 13), "token_mask": torch.ones(1, 1, 13)}
-    schedule = {"noise_schedule": torch.tensor([8.0, 4.0, 2.0]), "no_rollout_samples": samples}
-    return with_random_weights(sampler), {"batch": batch, "si_input": None, **schedule}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("config", [DENSE, AttentionConfig(bias="svd", rank=13), AttentionConfig(tolerance=1e-6)])
-def test_sampling_factorises_once_and_keeps_nothing(config):
-    model, arguments = sampling()
-
-    def sample(seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        z, s = torch.randn(1, 1, 13, 13, C_Z, generator=generator), torch.randn(1, 1, 13, C_S, generator=generator)
-        torch.manual_seed(seed)
-        return model(zij_trunk=z, si_trunk=s, **arguments)
-
-    expected = [sample(0), sample(1)]
-    with accelerate(model, config) as acceleration:
-        for seed in (0, 1):
-            assert distance(sample(seed), expected[seed]) < 1e-4
-        assert model.diffusion_module.steps == 8
-        assert len(acceleration.reports()) == 2 * 2, "blocks x calls of the sampler"
-        for module in model.modules():
-            if isinstance(module, PairBiasAttention):
-                assert not [value for value in vars(module).values() if isinstance(value, (torch.Tensor, BiasFactors))]
-    assert type(model) is SampleDiffusion

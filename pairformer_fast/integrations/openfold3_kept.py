@@ -1,0 +1,87 @@
+"""What the steps of one run of OpenFold3's sampler have in common, bounded by the free memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pairformer_fast.inference.validate import available_bytes
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.5
+"""Of the free memory, what a run of the sampler may keep."""
+
+
+class Kept:
+    """What the steps of one run of the sampler have in common.
+
+    Parameters
+    ----------
+    device : torch.device
+        Whose free memory bounds what is kept.
+    readers : sequence of Keeps
+        Modules that read the conditioned pair representation.
+
+    Attributes
+    ----------
+    readers : set of Keeps
+        Those of them that still do: others have kept what they need of it.
+    """
+
+    def __init__(self, device: torch.device, readers: Sequence[Keeps]) -> None:
+        free = available_bytes(device)
+        if device.type == "cuda":
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        self._left = int(SHARE * free)
+        self._all_readers = frozenset(readers)
+        self._values: dict[Keeps, Any] = {}
+        self._sizes: dict[Keeps, int] = {}
+        self._refused: set[Keeps] = set()
+        self.readers = set(readers)
+
+    def of(self, owner: Keeps) -> Any:
+        """What a module has kept; None if nothing."""
+        return self._values.get(owner)
+
+    def has_room(self, owner: Keeps) -> bool:
+        """Whether nothing of a module has been refused yet."""
+        return owner not in self._refused
+
+    def keep(self, owner: Keeps, value: Any, size: int) -> bool:
+        """Keep ``value``, of ``size`` bytes, for a module, if there is room; the log says so if there is not."""
+        more = size - self._sizes.get(owner, 0)
+        if more > self._left:
+            self._refused.add(owner)
+            logger.warning(
+                "diffusion: %s computes in every step what would take %.0f MB to keep, where %.0f MB may be taken",
+                *(type(owner).__name__, more / 1e6, self._left / 1e6),
+            )
+            return False
+        self._left -= more
+        self._values[owner] = value
+        self._sizes[owner] = size
+        return True
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._left += sum(self._sizes.values())
+        self._values.clear()
+        self._sizes.clear()
+        self._refused.clear()
+        self.readers = set(self._all_readers)
+
+
+class Keeps:
+    """A part of the diffusion module that takes part in a run of the sampler.
+
+    Attributes
+    ----------
+    kept : Kept, optional
+        While :class:`FastSampleDiffusion` runs.
+    """
+
+    kept: Kept | None = None

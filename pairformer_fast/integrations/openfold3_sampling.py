@@ -1,0 +1,309 @@
+"""OpenFold3 0.5: what all steps and samples of its sampler have in common is computed once.
+
+Only the noisy positions and the noise level change over the steps of one run of ``SampleDiffusion``. The conditioned
+pair representation, the biases of all attentions made of it, and the conditioning of the atoms do not: they are kept
+while the sampler runs and freed when it returns. So are weights that are multiplied together, such as those of q, k, v
+and gate.
+
+Without a sampler around them, or with gradients, the modules here compute what OpenFold3's do, by its code. Hooks on
+the parts of the transformers are not called within a sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from openfold3.core.model.layers.attention_pair_bias import CrossAttentionPairBias, DiffusionAttentionPairBias
+from openfold3.core.model.layers.diffusion_conditioning import DiffusionConditioning
+from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer, DiffusionTransformerBlock
+from openfold3.core.model.layers.sequence_local_atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
+from openfold3.core.model.layers.transition import ConditionedTransitionBlock
+from openfold3.core.model.primitives import AdaLN, LayerNorm, Linear, SwiGLU
+from openfold3.core.model.primitives.attention import Attention
+from openfold3.core.model.structure.diffusion_module import DiffusionModule, SampleDiffusion
+from torch import Tensor, nn
+
+from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.integrations.acceleration import NewClass
+from pairformer_fast.integrations.openfold3_atoms import FastAtomTransformer
+from pairformer_fast.integrations.openfold3_blocks import (
+    EPS,
+    Conditioning,
+    Packed,
+    Transition,
+    adapted,
+    nbytes,
+    normalised,
+    updated,
+)
+from pairformer_fast.integrations.openfold3_kept import Keeps, Kept
+from pairformer_fast.kernels.flash_bias import Factors, flash_bias_attention
+
+
+class FastSampleDiffusion(SampleDiffusion):
+    """Sampling whose steps share what does not depend on the noise."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """Sample; arguments as in the base class."""
+        parts = [module for module in self.modules() if isinstance(module, Keeps)]
+        if torch.is_grad_enabled() or not parts:
+            return super().forward(*arguments, **options)
+        readers = [part for part in parts if isinstance(part, (FastAtomAttentionEncoder, FastDiffusionTransformer))]
+        kept = Kept(next(self.parameters()).device, readers)
+        for part in parts:
+            part.kept = kept
+        try:
+            return super().forward(*arguments, **options)
+        finally:
+            for part in parts:
+                del part.kept
+            kept.clear()
+
+
+class FastDiffusionConditioning(Keeps, DiffusionConditioning):
+    """Conditioning that adds the noise level of a step to what is kept.
+
+    What all modules have kept belongs to these very trunk outputs and features, unchanged: it is dropped when others
+    come.
+    """
+
+    def forward(
+        self,
+        batch: dict[str, Any],
+        t: Tensor,
+        si_input: Tensor,
+        si_trunk: Tensor,
+        zij_trunk: Tensor,
+        use_conditioning: bool,
+        chunk_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Conditioned single and pair representation; the latter empty once everybody has kept what it needs of it."""
+        options = {"t": t, "use_conditioning": use_conditioning, "chunk_size": chunk_size}
+        kept, inputs = self.kept, _Inputs(batch, (si_input, si_trunk, zij_trunk), use_conditioning)
+        if kept is None:
+            return super().forward(batch, si_input=si_input, si_trunk=si_trunk, zij_trunk=zij_trunk, **options)
+        found = kept.of(self)
+        if found is None or not found[0].same(inputs):
+            kept.clear()
+            single = self.linear_s(self.layer_norm_s(torch.cat([si_trunk * use_conditioning, si_input], dim=-1)))
+            s, z = super().forward(batch, si_input=si_input, si_trunk=si_trunk, zij_trunk=zij_trunk, **options)
+            if not kept.keep(self, (inputs, single, z), single.nbytes + z.nbytes):
+                kept.keep(self, (inputs, None, None), 0)
+            return s, z
+        _, single, z = found
+        if single is None:
+            return super().forward(batch, si_input=si_input, si_trunk=si_trunk, zij_trunk=zij_trunk, **options)
+        if not kept.readers and z.numel():
+            z = z.new_empty(0)
+            kept.keep(self, (inputs, single, z), single.nbytes)
+        level = self.fourier_emb((torch.log(t / self.sigma_data) / 4).unsqueeze(-1))
+        s = single + self.linear_n(self.layer_norm_n(level)).unsqueeze(-2)
+        for transition in self.transition_s:
+            s = s + transition(s, mask=batch["token_mask"])
+        return s, z
+
+
+class _Inputs:
+    """What the conditioning was computed from, to be told from anything else."""
+
+    def __init__(self, batch: dict[str, Any], trunk: tuple[Tensor, ...], use_conditioning: bool) -> None:
+        self._tensors = (*trunk, *(x for _, x in sorted(batch.items()) if isinstance(x, Tensor)))
+        self._state = (use_conditioning, *(0 if x.is_inference() else x._version for x in self._tensors))
+
+    def same(self, other: Self) -> bool:
+        """Whether both are of the same tensors, not written to in between."""
+        if self._state != other._state or len(self._tensors) != len(other._tensors):
+            return False
+        return all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
+
+
+class FastAtomAttentionEncoder(Keeps, AtomAttentionEncoder):
+    """Encoder that keeps the conditioning of single atoms and of pairs, to which a step adds its noisy positions."""
+
+    def get_atom_reps(
+        self,
+        batch: dict[str, Any],
+        rl: Tensor | None = None,
+        si_trunk: Tensor | None = None,
+        zij_trunk: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Atoms with their noisy positions, and the conditioning of atoms and of pairs; as in the base class."""
+        kept = self.kept
+        if kept is None or rl is None or not kept.has_room(self):
+            return super().get_atom_reps(batch, rl, si_trunk, zij_trunk)
+        if (found := kept.of(self)) is not None:
+            atoms, pairs = found
+            return atoms + self.noisy_position_embedder.linear_r(rl), atoms, pairs
+        noisy, atoms, pairs = super().get_atom_reps(batch, rl, si_trunk, zij_trunk)
+        if kept.keep(self, (atoms, pairs), atoms.nbytes + pairs.nbytes):
+            kept.readers.discard(self)
+        return noisy, atoms, pairs
+
+
+class FastDiffusionTransformer(Keeps, DiffusionTransformer):
+    """Diffusion transformer that keeps its pair biases, dense or as factors, one for all samples."""
+
+    def forward(
+        self,
+        a: Tensor,
+        s: Tensor,
+        z: Tensor,
+        mask: Tensor | None = None,
+        use_high_precision_attention: bool = False,
+        _mask_trans: bool = True,
+        **kernel_flags: Any,
+    ) -> Tensor:
+        """Updated ``a [B, samples, N, C]``; arguments as in the base class, ``z`` unused once all biases are kept."""
+        kept = self.kept
+        state: _TokenBlocks | None = None if kept is None else kept.of(self)
+        if kept is not None and state is None and kept.has_room(self) and _shared(a, z):
+            state = _TokenBlocks(self, mask, a)
+            state = state if kept.keep(self, state, state.nbytes) else None
+        if kept is None or state is None:
+            options = {"use_high_precision_attention": use_high_precision_attention, "_mask_trans": _mask_trans}
+            return super().forward(a=a, s=s, z=z, mask=mask, **options, **kernel_flags)
+        biases = state.biases
+        normed = None if all(bias is not None for bias in biases) else self.layer_norm_z(z).squeeze(1)
+        conditions = state.conditioning(s, mask if _mask_trans else None)
+        for index, (block, condition) in enumerate(zip(state.blocks, conditions, strict=True)):
+            q, k, v, gate = block.heads(adapted(normalised(a), condition, 0), use_high_precision_attention)
+            bias = biases[index]
+            if bias is None:
+                assert normed is not None
+                bias = self._bias(block, normed, q, k, state, kept, index)
+            attended = flash_bias_attention(q, k, v, bias, state.mask, block.core.config.backend, gate=gate)
+            a = updated(a, condition.attention_gate, block.out(attended.flatten(-2).to(a.dtype)))
+            a = block.transition(a, condition)
+        if all(bias is not None for bias in biases):
+            kept.readers.discard(self)
+        return a
+
+    def _bias(
+        self, block: _TokenBlock, normed: Tensor, q: Tensor, k: Tensor, state: _TokenBlocks, kept: Kept, index: int
+    ) -> Tensor | Factors:
+        """What attention of a block takes as its bias, kept if there is room for it."""
+        dense = block.linear_z(normed).movedim(-1, 1).to(q.dtype).contiguous()
+        if index in state.dense:
+            return dense
+        decided = block.core.decide(q, k, dense, state.mask)
+        parts = [decided] if isinstance(decided, Tensor) else [decided.phi_q, decided.phi_k, decided.table]
+        size = state.nbytes + sum(part.nbytes for part in parts if part is not None)
+        if kept.has_room(self) and kept.keep(self, state, size):
+            state.nbytes, state.biases[index] = size, decided
+        elif isinstance(decided, Tensor):
+            state.dense.add(index)
+        return decided
+
+
+def _shared(a: Tensor, z: Tensor) -> bool:
+    """Whether one pair representation is for all samples."""
+    return a.ndim == 4 and z.ndim == 5 and z.shape[:2] == (len(a), 1)
+
+
+class _TokenBlock:
+    """Weights of a block, packed, and its core."""
+
+    def __init__(self, block: Any) -> None:
+        mha = block.attention_pair_bias.mha
+        self.core: PairBiasAttention = mha.core
+        self.linear_z = block.attention_pair_bias.linear_z
+        self._heads = mha.no_heads
+        self._projections = Packed.of(mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
+        self.out = Packed.of(mha.linear_o)
+        self.transition = Transition(block.conditioned_transition)
+        self.nbytes = nbytes(self._projections, self.transition.wide)
+
+    def heads(self, y: Tensor, high_precision: bool) -> Sequence[Tensor]:
+        """q (not scaled), k, v and gate ``[B, S, N, H, D]``, views of one tensor."""
+        projected = self._projections(y)
+        if high_precision:
+            projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        return projected.unflatten(-1, (4, self._heads, -1)).unbind(-3)
+
+
+class _TokenBlocks:
+    """What :class:`FastDiffusionTransformer` keeps.
+
+    Attributes
+    ----------
+    blocks : list of _TokenBlock
+    conditioning : Conditioning
+    mask : Tensor, optional
+        Bool ``[B, S, N]``, True = keep; None if all keys are kept.
+    biases : list of Tensor or Factors, optional
+        By block; None where the bias is computed in every step.
+    dense : set of int
+        Blocks whose bias was left dense and did not fit.
+    nbytes : int
+    """
+
+    def __init__(self, transformer: DiffusionTransformer, mask: Tensor | None, a: Tensor) -> None:
+        blocks: list[Any] = list(transformer.blocks)
+        self.blocks = [_TokenBlock(block) for block in blocks]
+        self.conditioning = Conditioning(
+            [(block.attention_pair_bias.layer_norm_a, block.conditioned_transition.layer_norm) for block in blocks],
+            [(block.attention_pair_bias.linear_ada_out, block.conditioned_transition.linear_g) for block in blocks],
+        )
+        self.mask = None if mask is None or bool(mask.all()) else (mask != 0).expand(a.shape[:-1])
+        self.biases: list[Tensor | Factors | None] = [None] * len(blocks)
+        self.dense: set[int] = set()
+        self.nbytes = nbytes(self.conditioning.inner, self.conditioning.outer) + sum(x.nbytes for x in self.blocks)
+
+
+_PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "diffusion_conditioning": (DiffusionConditioning, FastDiffusionConditioning),
+    "atom_attn_enc": (AtomAttentionEncoder, FastAtomAttentionEncoder),
+    "atom_attn_enc.atom_transformer": (DiffusionTransformer, FastAtomTransformer),
+    "diffusion_transformer": (DiffusionTransformer, FastDiffusionTransformer),
+    "atom_attn_dec.atom_transformer": (DiffusionTransformer, FastAtomTransformer),
+}
+
+_IN_TRANSFORMERS = {
+    *(nn.ModuleList, nn.Sigmoid, nn.SiLU, Linear, LayerNorm, AdaLN, SwiGLU, Attention),
+    *(DiffusionTransformer, DiffusionTransformerBlock, ConditionedTransitionBlock),
+    *(DiffusionAttentionPairBias, CrossAttentionPairBias),
+}
+
+
+def around_sampler(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], swapped: set[str]) -> dict[str, NewClass]:
+    """Classes of a sampler and of the parts of its diffusion module, by path; none if they are not what is known here.
+
+    Parameters
+    ----------
+    sampler : SampleDiffusion
+    paths : mapping of nn.Module to str
+        Of all modules of the model.
+    swapped : set of str
+        Paths of the attention that is accelerated.
+    """
+    denoiser: Any = sampler.diffusion_module
+    if (
+        type(denoiser) is not DiffusionModule
+        or type(getattr(denoiser, "atom_attn_dec", None)) is not AtomAttentionDecoder
+    ):
+        return {}
+    parts: dict[str, Any] = {name: denoiser.get_submodule(name) for name in _PARTS}
+    patched = ("forward", "get_atom_reps")
+    if any(type(part) is not _PARTS[name][0] or vars(part).keys() & set(patched) for name, part in parts.items()):
+        return {}
+    transformers = [part for part in parts.values() if isinstance(part, DiffusionTransformer)]
+    if not all(_known(module) for part in transformers for module in part.modules()):
+        return {}
+    attention = {paths[block.attention_pair_bias] for block in parts["diffusion_transformer"].blocks}
+    if not attention <= swapped:
+        return {}
+    around = {paths[sampler]: NewClass(sampler, FastSampleDiffusion)}
+    return around | {paths[part]: NewClass(part, _PARTS[name][1]) for name, part in parts.items()}
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a part of a transformer of the diffusion module computes what is computed in its stead."""
+    if type(module) not in _IN_TRANSFORMERS or "forward" in vars(module):
+        return False
+    if isinstance(module, LayerNorm):
+        return module.eps == EPS
+    if isinstance(module, Linear):
+        return module.precision is None
+    return not isinstance(module, Attention) or module.linear_g is not None
