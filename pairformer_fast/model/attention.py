@@ -140,10 +140,7 @@ class TriangleUpdate:
                 decided = core.decide(q, k, bias, mask)
             return self._finish(z, core.attend_packed(qkv, decided, mask), dropout, out)
         q, k, mask = self.sample(z, pair_mask)
-        if core.learned:
-            decided = core.factors(*self.tokens(z, pair_mask), q)
-        else:
-            decided = core.decide(q, k, self.bias(z), mask)
+        decided = core.factors(*self.tokens(z, pair_mask), q) if core.learned else core.decide(q, k, self.bias(z), mask)
         rows = z.shape[2 if self.ending else 1]
         out = torch.empty_like(z) if out is None else out
         for start in range(0, rows, slab):

@@ -105,11 +105,27 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 
 def hold_core_inputs(model: nn.Module) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-    """Arguments and result of every attention core, filled as the model runs."""
+    """q, k, v, dense bias and mask of every attention core, and its result, filled as the model runs."""
     calls: list = []
+
+    def watch(core: PairBiasAttention) -> None:
+        decide, attend_packed, biases = core.decide, core.attend_packed, []
+
+        def decide_and_keep(q, k, bias, mask):
+            biases.append(bias)
+            return decide(q, k, bias, mask)
+
+        def attend_and_keep(qkv, decided, mask):
+            result = attend_packed(qkv, decided, mask)
+            calls.append(((*qkv.unbind(-3), biases[-1], mask), result))
+            return result
+
+        core.decide, core.attend_packed = decide_and_keep, attend_and_keep
+        core.register_forward_hook(lambda _, arguments, result: calls.append((arguments, result)))
+
     for module in model.modules():
         if isinstance(module, PairBiasAttention):
-            module.register_forward_hook(lambda _, arguments, result: calls.append((arguments, result)))
+            watch(module)
     return calls
 
 
