@@ -103,6 +103,42 @@ def block(
 
 
 @app.command()
+def openfold3(
+    only: Annotated[str, typer.Option(help="Sections, comma-separated; all if omitted.")] = "",
+    sizes: Annotated[str, typer.Option(help="Values of N, comma-separated; all if omitted.")] = "",
+    impl: Annotated[str, typer.Option(help="Implementations, shell patterns, comma-separated.")] = "*",
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that --output has.")] = False,
+    minutes: Annotated[float, typer.Option(help="Begin no row after this time; --resume goes on.")] = 600.0,
+    dry: Annotated[bool, typer.Option("--dry", help="Two blocks and 32 tokens, to see that it runs here.")] = False,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "openfold3.json",
+) -> None:
+    """A whole OpenFold3 of full size with random weights on one GPU: its own code and kernels, and ours swapped in."""
+    deadline = time.monotonic() + 60 * minutes
+    try:
+        from benchmark_openfold3 import run
+        from benchmark_openfold3_selection import OpenFold3Selection
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: the openfold3 suite needs the extra [openfold]: {error}", err=True)
+        raise typer.Exit(2) from error
+    from benchmark_gpu import DeviceLost
+
+    try:
+        selection = OpenFold3Selection.parse(only, sizes, impl, dry)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not dry:
+        _need_gpu("openfold3")
+    elif output == RESULTS / "openfold3.json":
+        raise typer.BadParameter("a dry run is no measurement: give another file", param_hint="--output")
+    try:
+        failed = run(selection, output, commit, resume, deadline)
+    except DeviceLost:
+        _start_again(deadline, resume)
+    _finish(output, failed)
+
+
+@app.command()
 def drift(
     tokens: Annotated[int, typer.Option(help="Number of tokens.", min=1)] = 256,
     blocks: Annotated[int, typer.Option(help="Number of blocks.", min=1)] = 48,
