@@ -25,12 +25,11 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every case, so that those of one model and size follow each other."""
-    for n in (384, 768, 1024):
-        for section in ("trunk", "diffusion", "whole"):
+    """Every case, those of one model and size together, the slowest last."""
+    forward = ("trunk", "diffusion", "whole")
+    for n, sections in ((384, forward), (768, forward), (384, ("training",)), (640, ("training",)), (1024, forward)):
+        for section in sections:
             yield Case(section, n)
-    for n in (384, 640):
-        yield Case("training", n)
 
 
 @dataclass(frozen=True)
