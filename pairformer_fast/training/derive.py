@@ -18,7 +18,7 @@ from pydantic import Field
 from pairformer_fast.config import Frozen
 from pairformer_fast.inference.antibody import best_hit, check_variable_domain
 from pairformer_fast.model.residue import RESTYPES
-from pairformer_fast.training.leakage import HeavyChain, HeldOut
+from pairformer_fast.training.leakage import HeavyChain, HeldOut, annotated_chain
 from pairformer_fast.training.sources import Pair
 
 DERIVED_SOURCE = "derived"
@@ -121,34 +121,33 @@ def derive_pairs(
         if len(pairs) == settings.count:
             break
         vh, vl = (maker.draw(rng) for maker in makers)
-        problem = _problem(vh, vl, seen, domains)
-        seen.add((vh.sequence, vl.sequence))
-        if problem:
-            dropped[problem] += 1
-            continue
-        name = f"derived{len(pairs)}"
-        pairs.append(Pair(name, vh.sequence, vl.sequence, vh.regions[5], DERIVED_SOURCE, vh.cdr + vl.cdr))
+        name, key = f"derived{len(pairs)}", (vh.sequence, vl.sequence)
+        checks = check_variable_domain(vh.sequence), check_variable_domain(vl.sequence)
+        pair = Pair(name, *key, vh.regions[5], DERIVED_SOURCE, checks[0].cdr + checks[1].cdr)
+        if key in seen:
+            dropped["duplicate"] += 1
+        elif [check.chain_type for check in checks if check.is_variable] != ["H", "L"]:
+            dropped["not_variable_domains"] += 1
+        elif leak := domains.leak(heavy_chain(pair)):
+            dropped[f"leak_by_{leak.by}"] += 1
+        else:
+            pairs.append(pair)
+        seen.add(key)
     else:
         if len(pairs) < settings.count:
             raise ValueError(f"only {len(pairs)} of {settings.count} derived pairs passed ({dropped}); ask for fewer")
     return pairs, dropped
 
 
+def heavy_chain(pair: Pair) -> HeavyChain:
+    """VH and CDR-H3 of a pair, by its source's annotation and by ours."""
+    cdr = pair.cdr or check_variable_domain(pair.vh).cdr
+    return annotated_chain(pair.id, pair.vh, [cdr], [pair.cdrh3])
+
+
 def _domains(sequences: Sequence[str]) -> list[Domain]:
     parsed = (parse_domain(sequence) for sequence in sorted(set(sequences)))
     return [domain for domain in parsed if domain is not None]
-
-
-def _problem(vh: Domain, vl: Domain, seen: set[tuple[str, str]], held_out: HeldOut) -> str:
-    """Why a drawn pair cannot be used; empty if it can."""
-    if (vh.sequence, vl.sequence) in seen:
-        return "duplicate"
-    checks = check_variable_domain(vh.sequence), check_variable_domain(vl.sequence)
-    if [check.chain_type for check in checks if check.is_variable] != ["H", "L"]:
-        return "not_variable_domains"
-    annotated = "".join(aa for aa, digit in zip(vh.sequence, checks[0].cdr, strict=True) if digit == "3")
-    leak = held_out.leak(HeavyChain("", vh.sequence, frozenset({vh.regions[5], annotated})))
-    return f"leak_by_{leak.by}" if leak else ""
 
 
 class _Maker:

@@ -34,6 +34,12 @@ class HeavyChain:
     cdr3: frozenset[str] = field(default_factory=frozenset)
 
 
+def annotated_chain(id: str, sequence: str, annotations: Iterable[str], cdr3: Iterable[str] = ()) -> HeavyChain:
+    """Chain with the CDR-H3s of some annotations (a digit per residue, longer ones are cut) and others."""
+    found = ("".join(aa for aa, digit in zip(sequence, cdr, strict=False) if digit == "3") for cdr in annotations)
+    return HeavyChain(id, sequence, frozenset({*found, *cdr3} - {""}))
+
+
 @dataclass(frozen=True)
 class Leak:
     """One training domain that shares a cluster with an evaluation domain, and by what ("cdr3" or "domain")."""

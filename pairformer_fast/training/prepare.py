@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from pairformer_fast.inference.antibody import check_variable_domain
 from pairformer_fast.model.residue import ATOM14, RESTYPES
-from pairformer_fast.training.derive import DERIVED_SOURCE, Derivation, derive_pairs
+from pairformer_fast.training.derive import DERIVED_SOURCE, Derivation, derive_pairs, heavy_chain
 from pairformer_fast.training.idealize import idealize_backbones
-from pairformer_fast.training.leakage import HeavyChain, check_leakage, find_leaks
+from pairformer_fast.training.leakage import HeavyChain, annotated_chain, check_leakage, find_leaks
 from pairformer_fast.training.quality import checked
 from pairformer_fast.training.shards import Shard, Structure, shard_path, write_shard
 from pairformer_fast.training.sources import (
@@ -36,6 +37,8 @@ from pairformer_fast.training.teacher import predict_pairs
 SABDAB_SOURCE = "sabdab"
 CRYSTAL_SOURCE = "fv_crystal"
 TABLE = "pairs.csv.gz"
+REPAIRED = {"cpu": 128, "gpu": 1024}
+"""Structures repaired together: on a GPU launches cost more than the work."""
 
 _Item = TypeVar("_Item", SabdabEntry, Pair)
 
@@ -62,12 +65,12 @@ def heavy_chains(items: Sequence[SabdabEntry | Pair | Crystal]) -> list[HeavyCha
     """VH and CDR-H3 of each item, by the source's own annotation and by ours."""
     chains = []
     for item in items:
-        sequence = item.sequence if isinstance(item, SabdabEntry) else item.vh
-        annotations = [item.cdr if isinstance(item, SabdabEntry) else check_variable_domain(sequence).cdr]
-        cdr3 = {"".join(aa for aa, digit in zip(sequence, cdr, strict=False) if digit == "3") for cdr in annotations}
         if isinstance(item, Pair):
-            cdr3.add(item.cdrh3)
-        chains.append(HeavyChain(item.id, sequence, frozenset(cdr3 - {""})))
+            chains.append(heavy_chain(item))
+        elif isinstance(item, SabdabEntry):
+            chains.append(annotated_chain(item.id, item.sequence, [item.cdr]))
+        else:
+            chains.append(annotated_chain(item.id, item.vh, [check_variable_domain(item.vh).cdr]))
     return chains
 
 
@@ -94,6 +97,7 @@ def training_pairs(
     pairs, drops = read_covabdab(data)
     domains = [pair for pair in pairs if _is_domain(pair.vh, "H") and _is_domain(pair.vl, "L")]
     drops["not_variable_domains"] = len(pairs) - len(domains)
+    domains = [replace(pair, cdr=_annotate(pair.vh, pair.vl)) for pair in domains]
     pairs, leaks = _without_leaks(domains, held_out)
     dropped = {COVABDAB_SOURCE: drops | leaks}
     if derivation is not None:
@@ -264,7 +268,8 @@ def sound_structures(
 ) -> tuple[list[Pair], list[Structure], dict[str, dict[str, int]]]:
     """Predictions with closed peptide bonds, without those that are unsure or broken, and drops of each source."""
     kept, dropped = [], dict[str, dict[str, int]]()
-    for pair, before, after in zip(pairs, predictions, idealize_backbones(predictions, device=device), strict=True):
+    repaired = idealize_backbones(predictions, REPAIRED["cpu" if device == "cpu" else "gpu"], device)
+    for pair, before, after in zip(pairs, predictions, repaired, strict=True):
         sound, problem = checked(before, after)
         if sound is None:
             counts = dropped.setdefault(pair.source, {})
@@ -293,9 +298,8 @@ def _first_chains(shard: Shard) -> list[HeavyChain]:
     for structure in shard:
         first = structure.select(np.flatnonzero(structure.chain_index == 0))
         sequence = _sequence(first)
-        digits = "".join(map(str, first.cdr)), check_variable_domain(sequence).cdr
-        cdr3 = {"".join(aa for aa, digit in zip(sequence, cdr, strict=False) if digit == "3") for cdr in digits}
-        chains.append(HeavyChain(structure.id, sequence, frozenset(cdr3 - {""})))
+        annotations = ["".join(map(str, first.cdr)), check_variable_domain(sequence).cdr]
+        chains.append(annotated_chain(structure.id, sequence, annotations))
     return chains
 
 
