@@ -73,6 +73,17 @@ class ExactBlock:
             return self._updated(z, update, (), bias)
         return self._updated(z.transpose(1, 2), update, (), bias).transpose(1, 2)
 
+    def attention_inputs(self, z: Tensor, name: str) -> dict[str, Tensor]:
+        """``projected``: q, k and v side by side; ``bias``: the pair bias."""
+        x = self._norm(z, f"{name}.layer_norm")
+        projected = torch.cat([self._linear(x, f"{name}.mha.linear_{part}") for part in "qkv"], -1)
+        return {"projected": projected, "bias": self._linear(x, f"{name}.linear_z").permute(0, 3, 1, 2)}
+
+    def gated_output(self, z: Tensor, attended: Tensor, name: str) -> Tensor:
+        """``z`` and the gated output projection of ``attended [B, N, N, H D]``."""
+        gate = self._gate(self._norm(z, f"{name}.layer_norm"), f"{name}.mha.linear_g")
+        return z + self._linear(gate * attended, f"{name}.mha.linear_o")
+
     def transition(self, z: Tensor, name: str) -> Tensor:
         """``z`` and its update (Algorithm 11)."""
         return self._updated(z, lambda rows: self._transition(rows, name))

@@ -61,8 +61,16 @@ def works(case: Case) -> dict[str, Work]:
         "attention with pair bias": Work((passes - 1) * z + passes * s, of_single + one, few),
         "single transition": Work(passes * s, transition * n * single**2),
     }
-    alone = {"triangle_multiplication": "triangle multiplication, outgoing", "transition": "pair transition"}
-    return {alone[case.op]: found[alone[case.op]]} if case.op in alone else found
+    alone = {
+        "triangle_multiplication": found["triangle multiplication, outgoing"],
+        "triangle_attention": found["triangle attention, starting"],
+        "transition": found["pair transition"],
+        "layer_norm_linear": Work(
+            z * (1 + (3 * wide + config.no_heads_pair) / c), 2 * n**2 * c * (3 * wide + config.no_heads_pair)
+        ),
+        "gated_output": Work(z * (2 + wide / c), 4 * n**2 * c * wide),
+    }
+    return {case.op: alone[case.op]} if case.op in alone else found
 
 
 def floor(case: Case, ceilings: Ceilings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Our Pairformer block and OpenFold3's with the same weights, and two of its operations, behind one interface.
+"""Our Pairformer block and OpenFold3's with the same weights, behind one interface.
 
 Dropout is off in all of them, with gradients too. Ours is given bool masks, OpenFold3's masks in the dtype of z.
 """
@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 import torch
-from benchmark_block_problem import TRANSITION, TRIANGLE_MULTIPLICATION, Problem, Result
+from benchmark_block_problem import Problem, Result
 from torch import Tensor, nn
 
 from pairformer_fast.bias import collect_reports, set_attention
@@ -76,20 +76,20 @@ class Implementation:
             return None
 
 
-def _our_block(problem: Problem, config: AttentionConfig) -> PairformerBlock:
+def our_block(problem: Problem, config: AttentionConfig) -> PairformerBlock:
     block = PairformerBlock(problem.case.config)
     _load(block, problem)
     set_attention(block, config)
     return block
 
 
-def _dense() -> AttentionConfig:
+def our_dense() -> AttentionConfig:
     return AttentionConfig(backend=BACKEND, bias=BiasMethod.DENSE)
 
 
 def _ours(config: Callable[[], AttentionConfig], *, in_place: bool = False) -> Callable[[Problem], Prepared]:
     def prepare(problem: Problem) -> Prepared:
-        block = _our_block(problem, config())
+        block = our_block(problem, config())
         masks = problem.mask, problem.pair_mask
         return Prepared(problem, block, lambda s, z: _named(block(s, z, *masks, out=z if in_place else None)))
 
@@ -100,14 +100,14 @@ def _openfold3(**options: bool) -> Callable[[Problem], Prepared]:
     def prepare(problem: Problem) -> Prepared:
         if options.get(CUEQUIVARIANCE):
             import_module("cuequivariance_torch")
-        block = _their_block(problem)
+        block = their_block(problem)
         mask, pair_mask = (mask.to(problem.case.dtype) for mask in (problem.mask, problem.pair_mask))
         return Prepared(problem, block, lambda s, z: _named(block(s, z, mask, pair_mask, **options)))
 
     return prepare
 
 
-def _their_block(problem: Problem) -> nn.Module:
+def their_block(problem: Problem) -> nn.Module:
     """OpenFold3's block with its own defaults for what a Pairformer config does not say."""
     config = problem.case.config
     block = import_module("openfold3.core.model.latent.pairformer").PairFormerBlock(
@@ -126,49 +126,12 @@ def _named(updated: tuple[Tensor, Tensor]) -> Result:
     return dict(zip("sz", updated, strict=True))
 
 
-def _our_operation(name: str) -> Callable[[Problem], Prepared]:
-    """Ours adds the residual, which the peers leave to the block."""
-
-    def prepare(problem: Problem) -> Prepared:
-        module = _our_block(problem, _dense()).get_submodule(name)
-        return Prepared(problem, module, lambda _, z: {"z": module(z, problem.pair_mask)})
-
-    return prepare
-
-
-def _their_operation(name: str) -> Callable[[Problem], Prepared]:
-    def prepare(problem: Problem) -> Prepared:
-        module = _their_block(problem).get_submodule(name)
-        mask = problem.pair_mask.to(problem.case.dtype)
-        return Prepared(problem, module, lambda _, z: {"update": module(z, mask)})
-
-    return prepare
-
-
-def _cuequivariance_operation(problem: Problem) -> Prepared:
-    """cuEquivariance's triangle multiplication, whose concatenated weights are made before the clock starts."""
-    multiply = import_module("cuequivariance_torch").triangle_multiplicative_update
-    module = _our_block(problem, _dense()).get_submodule(TRIANGLE_MULTIPLICATION)
-    weights = {
-        "p_in_weight": torch.cat([module.linear_a_p.weight, module.linear_b_p.weight]),
-        "g_in_weight": torch.cat([module.linear_a_g.weight, module.linear_b_g.weight]),
-        "p_out_weight": module.linear_z.weight,
-        "g_out_weight": module.linear_g.weight,
-    }
-    for place in ("in", "out"):
-        norm = module.get_submodule(f"layer_norm_{place}")
-        weights |= {f"norm_{place}_weight": norm.weight, f"norm_{place}_bias": norm.bias}
-    mask = problem.pair_mask.to(problem.case.dtype)
-    options = {"direction": "outgoing", "mask": mask, "eps": module.layer_norm_in.eps}
-    return Prepared(problem, module, lambda _, z: {"update": multiply(z, **weights, **options)})
-
-
 OPENFOLD3 = ("openfold3",)
 WITH_CUEQUIVARIANCE = ("openfold3", "cuequivariance-torch")
 FORWARD = ("fwd",)
-IMPLEMENTATIONS = (
-    Implementation("pairformer_fast dense", _ours(_dense)),
-    Implementation("pairformer_fast dense, in place", _ours(_dense, in_place=True), directions=FORWARD),
+BLOCKS = (
+    Implementation("pairformer_fast dense", _ours(our_dense)),
+    Implementation("pairformer_fast dense, in place", _ours(our_dense, in_place=True), directions=FORWARD),
     Implementation("pairformer_fast auto", _ours(AttentionConfig)),
     Implementation("OpenFold3 cuEquivariance", _openfold3(**{CUEQUIVARIANCE: True}), distributions=WITH_CUEQUIVARIANCE),
     Implementation(
@@ -189,19 +152,5 @@ IMPLEMENTATIONS = (
         "OpenFold3 eager, in place", _openfold3(inplace_safe=True), directions=FORWARD, distributions=OPENFOLD3
     ),
     Implementation("pairformer_fast reference", _ours(AttentionConfig.reference), largest_n=768),
-    *(
-        implementation
-        for op, name in (("triangle_multiplication", TRIANGLE_MULTIPLICATION), ("transition", TRANSITION))
-        for implementation in (
-            Implementation("pairformer_fast", _our_operation(name), op),
-            Implementation("OpenFold3 eager", _their_operation(name), op, distributions=OPENFOLD3),
-        )
-    ),
-    Implementation(
-        "cuEquivariance",
-        _cuequivariance_operation,
-        "triangle_multiplication",
-        distributions=("cuequivariance-torch",),
-    ),
 )
 """Ours and its fastest peer first: what a run that ends early must have."""

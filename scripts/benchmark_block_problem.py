@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from pairformer_fast.model.pairformer import PairformerBlock
 
 PRODUCTION = PairformerConfig(no_blocks=1)
 TRIANGLE_MULTIPLICATION, TRANSITION = "pair_stack.tri_mul_out", "pair_stack.pair_transition"
+TRIANGLE_ATTENTION = "pair_stack.tri_att_start"
 """Modules of a block that are also measured alone."""
 BIAS_STD = 2.0
 PAIR_RANK = 4
@@ -50,6 +52,17 @@ class Case:
     def pair_bytes(self) -> int:
         """Bytes of z in bf16, the unit of memory."""
         return 2 * self.n**2 * self.config.c_z
+
+
+ALONE: dict[str, Callable[[ExactBlock, Tensor, Problem], Tensor]] = {
+    "triangle_multiplication": lambda block, z, _: block.triangle_multiplication(
+        z, TRIANGLE_MULTIPLICATION, incoming=False
+    ),
+    "triangle_attention": lambda block, z, _: block.triangle_attention(z, TRIANGLE_ATTENTION, ending=False),
+    "gated_output": lambda block, z, problem: block.gated_output(z, problem.attended.to(z.dtype), TRIANGLE_ATTENTION),
+    "transition": lambda block, z, _: block.transition(z, TRANSITION),
+}
+"""Operations of a block alone: ``z`` and its exact update."""
 
 
 def random_weights(config: PairformerConfig, seed: int = 1) -> dict[str, Tensor]:
@@ -96,6 +109,13 @@ class Problem:
         """Bytes of s and z as an implementation is given them."""
         return self.s.nbytes + self.z.nbytes
 
+    @cached_property
+    def attended(self) -> Tensor:
+        """What attention would hand to its gate, ``[1, N, N, H D]``."""
+        n, config = self.case.n, self.case.config
+        width = config.no_heads_pair * config.c_hidden_pair_att
+        return self._normal(1, n, n, width).to(self.case.dtype)
+
     @property
     def exact(self) -> torch.dtype:
         """What results are held against is computed in this dtype."""
@@ -114,7 +134,9 @@ class Problem:
         """
         bases = dict(zip("sz", self._pristine, strict=True))
         compared: list[str] = [
-            name for name in ("s", "z", "update", "ds", "dz") if name in self.expected.keys() & result
+            name
+            for name in ("s", "z", "update", "projected", "bias", "ds", "dz")
+            if name in self.expected.keys() & result
         ]
         found = {name: error(result[name], self.expected[name], bases.get(name)) for name in compared}
         parameters = {
@@ -142,11 +164,10 @@ class Problem:
         weights = {name: value.to(exact).requires_grad_(case.backward) for name, value in self.weights.items()}
         block = ExactBlock(case.config, weights)
         with torch.set_grad_enabled(case.backward):
-            if case.op == "triangle_multiplication":
-                out = block.triangle_multiplication(z, TRIANGLE_MULTIPLICATION, incoming=False)
-                return {"z": out, "update": out - self._pristine[1]}
-            if case.op == "transition":
-                out = block.transition(z, TRANSITION)
+            if case.op == "layer_norm_linear":
+                return block.attention_inputs(z, TRIANGLE_ATTENTION)
+            if case.op in ALONE:
+                out = ALONE[case.op](block, z, self)
                 return {"z": out, "update": out - self._pristine[1]}
             out_s, out_z = block.block(s, z)
         found = {"s": out_s.detach(), "z": out_z.detach()}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from benchmark_block_implementations import IMPLEMENTATIONS, Implementation
+from benchmark_block_implementations import BLOCKS, Implementation
+from benchmark_block_operations import implementations
 from benchmark_block_problem import Case
 from benchmark_selection import matches, split
 
@@ -18,7 +19,7 @@ def cases() -> Iterator[Case]:
     for n in (384, 640):
         yield Case("training", "fwdbwd", n, dtype=torch.float32)
     yield Case("forward", "fwd", 2048)
-    for op in ("triangle_multiplication", "transition"):
+    for op in ("triangle_multiplication", "triangle_attention", "layer_norm_linear", "gated_output", "transition"):
         for n in (768, 1024):
             yield Case("operations", "fwd", n, op=op)
     yield Case("long", "fwd", 4096, peers=False)
@@ -59,6 +60,8 @@ class BlockSelection:
 
     def implementations(self, case: Case) -> list[Implementation]:
         """Those chosen for a case."""
-        chosen = [one for one in IMPLEMENTATIONS if one.op == case.op and case.direction in one.directions]
+        chosen = [
+            one for one in (*BLOCKS, *implementations()) if one.op == case.op and case.direction in one.directions
+        ]
         chosen = [one for one in chosen if case.n <= one.largest_n and (case.peers or one.ours)]
         return [one for one in chosen if matches(self.patterns, one.name)]

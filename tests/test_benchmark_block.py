@@ -40,7 +40,7 @@ def problem(script, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def implementation(script):
     """Find an implementation by name and operation."""
-    known = script("benchmark_block_implementations").IMPLEMENTATIONS
+    known = (*script("benchmark_block_implementations").BLOCKS, *script("benchmark_block_operations").implementations())
     return lambda name, op="pairformer_block": next(one for one in known if (one.name, one.op) == (name, op))
 
 
@@ -84,11 +84,18 @@ def test_missing_peers_are_rows_with_their_errors(script, problem, implementatio
         assert "ms_median" not in row
 
 
-@pytest.mark.parametrize("op", ["triangle_multiplication", "transition"])
-def test_operations_alone(script, problem, implementation, meter, op) -> None:
-    row = script("benchmark_block").measure(problem(op=op), implementation("pairformer_fast", op), meter)
+@pytest.mark.parametrize(
+    ("op", "impl", "compared"),
+    [
+        *((op, "pairformer_fast", {"z"}) for op in ("triangle_multiplication", "triangle_attention", "transition")),
+        *(("layer_norm_linear", impl, {"projected", "bias"}) for impl in ("pairformer_fast", "PyTorch eager")),
+        *(("gated_output", impl, {"z"}) for impl in ("pairformer_fast", "PyTorch eager")),
+    ],
+)
+def test_operations_alone(script, problem, implementation, meter, op, impl, compared) -> None:
+    row = script("benchmark_block").measure(problem(op=op), implementation(impl, op), meter)
     assert "error" not in row, row
-    assert row["errors"].keys() == {"z"}
+    assert row["errors"].keys() == compared
     assert row["rel_error"] < 1e-5
 
 
@@ -162,7 +169,7 @@ def test_floor_of_a_block_by_hand(script) -> None:
     training = module.floor(replace(case, direction="fwdbwd", dtype=torch.float32), ceilings)
     assert training["bytes_ms"] == pytest.approx(2 * 29 / 11 * found["bytes_ms"], rel=0.02)
     alone = module.floor(replace(case, op="transition"), ceilings)
-    assert list(alone["operations_ms"]) == ["pair transition"]
+    assert list(alone["operations_ms"]) == ["transition"]
 
 
 def test_targets_against_rows(script) -> None:

@@ -78,6 +78,17 @@ def test_slabs_change_nothing_and_are_logged(block, monkeypatch, caplog):
     assert relative(cut[1], whole[1]) < 1e-6
 
 
+def test_slabs_shrink_where_little_memory_is_free(monkeypatch, caplog):
+    z = torch.empty(1, 2048, 2048, 128, dtype=torch.bfloat16, device="meta")
+    found = []
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger=slabs.__name__):
+        for free in (2**36, 2**30, 2**20, None):
+            monkeypatch.setattr(slabs, "free_bytes", lambda _, free=free: free)
+            found.append(slabs.rows_at_a_time(z, 512))
+    assert found == [256, 256, 64, 256]
+    assert "slabs of 64 rows, 64 MiB" in caplog.text
+
+
 def test_nothing_is_cut_where_gradients_are_wanted(monkeypatch):
     monkeypatch.setattr(slabs, "SMALLEST_BYTES", 1)
     z = torch.zeros(1, 130, 130, 8)

@@ -79,8 +79,8 @@ def test_production_block_in_training_against_another_implementation_in_fp64(scr
     case = replace(module.Case("test", "fwdbwd", tokens), dtype=torch.float32)
     # fp64 at any size
     made = type("Exact", (module.Problem,), {"exact": torch.float64})(case, torch.device("cuda"))
-    implementations = script("benchmark_block_implementations").IMPLEMENTATIONS
-    ours = next(one for one in implementations if one.name == "pairformer_fast dense" and one.op == "pairformer_block")
+    blocks = script("benchmark_block_implementations").BLOCKS
+    ours = next(one for one in blocks if one.name == "pairformer_fast dense")
     errors = made.errors(ours.prepare(made).run())
     assert errors.pop("worst parameter") < 0.05, errors
     assert max(errors.values()) < 0.02, errors
