@@ -1,0 +1,158 @@
+"""Compare training runs that differ in their pair bias only: dense, or factors of several ranks, over several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+SCORES = ("lddt", "lddt_h3", "rmsd")
+DENSE = "dense"
+
+_OWN = {"seed"}
+"""Settings in which runs of a study differ."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """What one log of :func:`~pairformer_fast.training.loop.train` says.
+
+    Attributes
+    ----------
+    arm : str
+        ``dense``, or the rank and the table of the factors.
+    seed : int
+    facts : dict
+        The last row, with the evaluation.
+    curve : list of dict
+        The rows before it: losses by step.
+    """
+
+    arm: str
+    seed: int
+    facts: dict[str, Any]
+    curve: list[dict[str, Any]]
+
+
+def read_run(path: Path) -> StudyRun:
+    """Run of a log.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no log of a run that reached its last step.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        facts, settings, attention = rows[-1], rows[-1]["train"], rows[-1]["attention"]
+        unfinished = facts["step"] < settings["steps"]
+        arm = _arm(attention)
+        run = StudyRun(arm, settings["seed"], facts, [row for row in rows if "total" in row])
+    except (json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no log of a finished run of scripts/train.py: {error!r}") from None
+    if unfinished:
+        raise ValueError(f"{path} stopped at step {facts['step']} of {settings['steps']}: let it finish first")
+    return run
+
+
+def summarize(runs: Sequence[StudyRun], split: str) -> dict[str, Any]:
+    """Scores of each arm and their differences from the dense runs of the same seeds.
+
+    Parameters
+    ----------
+    runs : sequence of StudyRun
+        The same settings but for the seed, and equally trained weights to start from.
+    split : str
+        Evaluated split that scores are of.
+
+    Returns
+    -------
+    dict
+        ``settings`` that all runs share, ``runs`` with their scores and seconds, and ``arms``: mean and standard
+        deviation over seeds (None for a single one) of the scores and of their differences from dense.
+
+    Raises
+    ------
+    ValueError
+        If runs differ in more than bias and seed, an arm has a seed twice, or the arms have different seeds.
+    """
+    _check(runs, split)
+    settings = {name: value for name, value in runs[0].facts["train"].items() if name not in _OWN}
+    seeds: dict[str, dict[int, StudyRun]] = {}
+    for run in runs:
+        seeds.setdefault(run.arm, {})[run.seed] = run
+    dense = seeds.get(DENSE, {})
+    arms = []
+    for arm, members in sorted(seeds.items(), key=lambda item: (item[0] != DENSE, _rank(item[1]), item[0])):
+        row: dict[str, Any] = {"arm": arm, "seeds": sorted(members)}
+        row["gpu_seconds"] = _spread([_seconds(run) for run in members.values()])
+        for name in SCORES:
+            scores = {seed: run.facts["evaluation"][split][name] for seed, run in members.items()}
+            row[name] = _spread(list(scores.values()))
+            if arm != DENSE and dense:
+                other = {seed: run.facts["evaluation"][split][name] for seed, run in dense.items()}
+                row[f"{name}_minus_dense"] = _spread([scores[seed] - other[seed] for seed in scores])
+        arms.append(row)
+    table = [
+        {"arm": run.arm, "seed": run.seed, "gpu_seconds": _seconds(run), **run.facts["evaluation"][split]}
+        for run in runs
+    ]
+    device = runs[0].facts["device"]
+    return {
+        "suite": "factors_study",
+        "split": split,
+        "device": device,
+        "settings": settings,
+        "arms": arms,
+        "runs": table,
+    }
+
+
+def _arm(attention: dict[str, Any]) -> str:
+    if attention["bias"] == DENSE:
+        return DENSE
+    table = attention.get("table")
+    return f"rank {attention['rank']}" + ("" if table is None else f" + table {table}")
+
+
+def _rank(members: dict[int, StudyRun]) -> int:
+    return next(iter(members.values())).facts["attention"].get("rank") or 0
+
+
+def _seconds(run: StudyRun) -> float:
+    return round(run.facts["seconds"] * run.facts["gpus"], 1)
+
+
+def _check(runs: Sequence[StudyRun], split: str) -> None:
+    if not runs:
+        raise ValueError("no runs to compare")
+    first = runs[0]
+    seen: dict[str, list[int]] = {}
+    for run in runs:
+        name = f"{run.arm}, seed {run.seed}"
+        for key, value in first.facts["train"].items():
+            if key not in _OWN and run.facts["train"].get(key) != value:
+                raise ValueError(
+                    f"runs differ in {key}: {value} ({first.arm}) and {run.facts['train'].get(key)} ({name})"
+                )
+        steps = [(one.facts.get("origin") or {}).get("steps", 0) for one in (first, run)]
+        if steps[0] != steps[1]:
+            raise ValueError(
+                f"runs start after different training: {steps[0]} steps ({first.arm}), {steps[1]} ({name})"
+            )
+        if split not in run.facts["evaluation"]:
+            raise ValueError(f"{name} was not evaluated on {split}: it has {sorted(run.facts['evaluation'])}")
+        seen.setdefault(run.arm, []).append(run.seed)
+    for arm, seeds in seen.items():
+        if sorted(seeds) != sorted(set(seen[first.arm])):
+            raise ValueError(f"seeds differ: {first.arm} has {sorted(seen[first.arm])}, {arm} has {sorted(seeds)}")
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    deviation = round(stdev(values), 5) if len(values) > 1 else None
+    return {"mean": round(fmean(values), 5), "deviation": deviation}

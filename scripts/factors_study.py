@@ -1,0 +1,67 @@
+"""Compare runs of scripts/train.py with dense bias and with factors: data/benchmarks/factors_study.json and a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "factors_study", "font.size": 9})
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import typer  # noqa: E402
+
+from pairformer_fast.training.study import SCORES, StudyRun, read_run, summarize  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
+LABELS = {"lddt": "lDDT-CA", "lddt_h3": "lDDT-CA, CDR-H3", "rmsd": "CA RMSD, Å"}
+SMOOTHED = 10
+"""Logged rows in a point of the curves."""
+
+
+def main(
+    logs: Annotated[list[Path], typer.Argument(help="log.jsonl of each run")],
+    split: Annotated[str, typer.Option(help="evaluated split")] = "val",
+    output: Annotated[Path, typer.Option(help="file to write; the plot goes beside it")] = RESULTS
+    / "factors_study.json",
+) -> None:
+    """Runs must share all settings but bias and seed, and every arm must have the same seeds."""
+    try:
+        runs = [read_run(path) for path in logs]
+        summary = summarize(runs, split)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    draw(summary, runs).savefig(output.with_suffix(".svg"), metadata={"Date": None})
+    for arm in summary["arms"]:
+        print(arm["arm"], {name: value for name, value in arm.items() if name.startswith(SCORES)})
+    print(f"wrote {output} and {output.with_suffix('.svg')}")
+
+
+def draw(summary: dict[str, Any], runs: list[StudyRun]) -> plt.Figure:
+    """Scores of every run and their means by arm; loss over the steps."""
+    figure, axes = plt.subplots(1, len(SCORES) + 1, figsize=(13, 3.6), layout="constrained")
+    arms = [arm["arm"] for arm in summary["arms"]]
+    colours = {arm: plt.get_cmap("tab10")(index) for index, arm in enumerate(arms)}
+    for axis, name in zip(axes, SCORES, strict=False):
+        for index, arm in enumerate(summary["arms"]):
+            values = [run[name] for run in summary["runs"] if run["arm"] == arm["arm"]]
+            axis.plot([index] * len(values), values, "o", color=colours[arm["arm"]], alpha=0.6)
+            axis.plot([index - 0.25, index + 0.25], [arm[name]["mean"]] * 2, color=colours[arm["arm"]], lw=2)
+        axis.set(ylabel=f"{LABELS[name]} ({summary['split']})", xlim=(-0.6, len(arms) - 0.4))
+        axis.set_xticks(range(len(arms)), arms, rotation=20)
+    for run in runs:
+        steps, loss = (np.array([row[key] for row in run.curve]) for key in ("step", "total"))
+        width = min(SMOOTHED, len(loss))
+        smooth = np.convolve(loss, np.full(width, 1 / width), "valid")
+        axes[-1].plot(steps[width - 1 :], smooth, color=colours[run.arm], lw=1, alpha=0.8)
+    axes[-1].set(xlabel="step", ylabel="training loss", yscale="log")
+    return figure
+
+
+if __name__ == "__main__":
+    typer.run(main)
