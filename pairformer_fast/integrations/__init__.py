@@ -11,7 +11,7 @@ from pairformer_fast.integrations.acceleration import Acceleration, Skipped
 
 __all__ = ["Acceleration", "Skipped", "accelerate"]
 
-_HOSTS = {"openfold3": "openfold3", "openfold": "openfold"}
+_HOSTS = {"openfold3": "openfold3", "openfold": "openfold", "boltz": "boltz"}
 """Top-level package of a host's modules, and the module here that knows it."""
 
 
@@ -19,15 +19,16 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
-    checkpoints stay as they are. The pair blocks of OpenFold3 run this package's operations as a whole, so hooks on the
-    parts of a pair block are not called; everything else of the host is left alone. Accelerate before
-    ``torch.compile``.
+    checkpoints stay as they are. The pair blocks of OpenFold3, and the pair updates of the layers of Boltz, run this
+    package's operations as a whole, so hooks on their parts are not called; everything else of the host is left alone.
+    Accelerate before ``torch.compile``.
 
     Parameters
     ----------
     model : nn.Module
-        A model of OpenFold3 0.5 (``openfold3``) or of OpenFold for AlphaFold 2 (``openfold``), or any part of one that
-        holds attention with a pair bias: a block, a stack, a wrapper around the model.
+        A model of OpenFold3 0.5 (``openfold3``), of OpenFold for AlphaFold 2 (``openfold``) or of Boltz 1 or 2
+        (``boltz``), or any part of one that holds attention with a pair bias: a block, a stack, a wrapper around the
+        model.
     config : AttentionConfig, optional
         How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. A
         decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, or ``"auto"`` on

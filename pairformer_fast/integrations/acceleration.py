@@ -108,13 +108,16 @@ def sort_out(
     return targets, skipped
 
 
-def instance_obstacle(module: nn.Module) -> str | None:
-    """What was done to this very attention, not to its class, that keeps it from being swapped; None if nothing."""
-    mha = module.get_submodule("mha")
-    if "forward" in vars(module) or "forward" in vars(mha):
+def instance_obstacle(module: nn.Module, holder: str = "mha") -> str | None:
+    """What was done to this very attention, not to its class, that keeps it from being swapped; None if nothing.
+
+    ``holder`` is the path within it of what is to get the core; empty for itself.
+    """
+    part = module.get_submodule(holder)
+    if "forward" in vars(module) or "forward" in vars(part):
         return "its forward was replaced on the instance"
-    if hasattr(mha, CORE):
-        return f"its mha already has an attribute '{CORE}'"
+    if hasattr(part, CORE):
+        return f"its {holder or 'module'} already has an attribute '{CORE}'"
     return None
 
 

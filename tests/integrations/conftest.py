@@ -1,3 +1,10 @@
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,3 +15,44 @@ def unchanged_matmul_precision():
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
+
+
+def run(*command: str | Path, cwd: Path, **variables: str) -> None:
+    """Run a command, and skip the test if a package is not to be had."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(command, cwd=cwd, env=inherited | variables, capture_output=True, text=True)
+    if "No matching distribution found" in done.stderr:
+        pytest.skip(f"needs a package index with more: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def run_checks(tmp_path: Path, repository: Path) -> Callable[..., None]:
+    """Run a module of checks in an environment that finds everything that this one finds, and more.
+
+    Takes the name of the module, the arguments of each ``pip install``, stand-ins for modules by their paths, which the
+    installations find too, and environment variables of the checks.
+    """
+
+    def make_and_run(
+        checks: str, installations: Sequence[Sequence[str]], stand_ins: Mapping[str, str], **variables: str
+    ) -> None:
+        interpreter = tmp_path / "venv" / "bin" / "python"
+        run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+        [packages] = (tmp_path / "venv").glob("lib/python*/site-packages")
+        ours, others = sysconfig.get_paths()["purelib"], tmp_path / "stand_ins"
+        (packages / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n{others}\n")
+        for name, text in stand_ins.items():
+            path = others / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            for folder in path.relative_to(others).parents[:-1]:
+                (others / folder / "__init__.py").touch()
+        install = (sys.executable, "-m", "pip", "--python", interpreter, "install", "--retries", "1")
+        for arguments in installations:
+            run(*install, *arguments, cwd=tmp_path, PYTHONPATH=str(others))
+        options = ("-p", "no:cacheprovider", "--disable-warnings")
+        module = Path(__file__).with_name(checks)
+        run(interpreter, "-m", "pytest", *options, module, cwd=repository, OMP_NUM_THREADS="1", **variables)
+
+    return make_and_run
