@@ -51,8 +51,8 @@ class FastAttention(Attention):
 
     def forward(self, q_x: Tensor, kv_x: Tensor, tri_bias: Tensor, mask_bias: Tensor, *_: Any, **_flags: Any) -> Tensor:
         """Attend, ``[*, I, N, C]``, with ``tri_bias [*, 1, H, N, N]`` and ``mask_bias [*, I, 1, 1, N]``."""
-        heads = self._prep_qkv(q_x, kv_x, apply_scale=False)
-        return self._wrap_up(attend_rows(self.core, *heads, tri_bias, mask_bias), q_x)
+        q, k, v = self._prep_qkv(q_x, kv_x, apply_scale=False)
+        return self._wrap_up(attend_rows(self.core, q, k, v, tri_bias, mask_bias), q_x)
 
 
 class FastTriangleAttention(NamedAsInOpenFold3, TriangleAttention):
