@@ -96,9 +96,13 @@ class AllAtom(nn.Module):
             groups.append(parent.compose(local))
         rot = torch.stack([g.rot for g in groups], dim=2)
         trans = torch.stack([g.trans for g in groups], dim=2)
-        index = self.group_of_atom[aatype]
-        atom_rot = rot.gather(2, index[..., None, None].expand(*index.shape, 3, 3))
-        atom_trans = trans.gather(2, index[..., None].expand(*index.shape, 3))
+        # The gradient of gather would add with atomics on a GPU, in another order on every run.
+        of_group = self.group_of_atom[aatype][..., None] == torch.arange(
+            NUM_GROUPS, device=aatype.device
+        )  # [B, N, 14, G]
+        of_group = of_group.to(trans.dtype)[..., None]
+        atom_rot = (of_group[..., None] * rot[:, :, None]).sum(3)
+        atom_trans = (of_group * trans[:, :, None]).sum(3)
         return Rigid(atom_rot, atom_trans).apply(self.local_position[aatype])
 
     def torsions(self, atom14: Tensor, atom14_mask: Tensor, aatype: Tensor) -> tuple[Tensor, Tensor]:
