@@ -8,7 +8,7 @@ from torch import Tensor
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.backend import takes_triton
 from pairformer_fast.kernels.layer_norm.api import check_norm
-from pairformer_fast.kernels.triangle_multiplication import operator, reference
+from pairformer_fast.kernels.triangle_multiplication import operator, reference, torch_slabs
 from pairformer_fast.kernels.triangle_multiplication.parameters import LAYERS, TriangleWeights
 
 MOST_CHANNELS = 256
@@ -22,6 +22,7 @@ def triangle_multiplication(
     dropout: Tensor | None = None,
     *,
     incoming: bool,
+    residual: bool = True,
     out: Tensor | None = None,
     slab_rows: int | None = None,
     backend: Backend = Backend.AUTO,
@@ -30,8 +31,8 @@ def triangle_multiplication(
 
     With ``x = LN_in(z)`` and edges ``a = mask * sigmoid(x a_gate^T) * (x a^T)``, likewise ``b``, the update is
     ``dropout * sigmoid(x gate^T) * (LN_out(product) out^T)``, where ``product_ij`` is the sum over k of
-    ``a_ik b_jk`` (outgoing edges) or ``a_ki b_kj`` (incoming). Differentiable in ``z`` and all weights. Products run
-    in the dtype of autocast if it is on, else in that of ``z``.
+    ``a_ik b_jk`` (outgoing edges) or ``a_ki b_kj`` (incoming); each of the six layers may have an offset.
+    Differentiable in ``z`` and all weights. Products run in the dtype of autocast if it is on, else in that of ``z``.
 
     Parameters
     ----------
@@ -44,13 +45,16 @@ def triangle_multiplication(
         Broadcastable to ``z``, its dtype, already scaled; no gradient.
     incoming : bool
         Use the incoming edges (AF3 Algorithm 13) and not the outgoing ones (Algorithm 12).
+    residual : bool
+        Whether ``z`` is added to its update.
     out : Tensor, optional
         ``z`` itself, updated in place, or a tensor like it that shares no memory with it. Inference only.
     slab_rows : int, optional
-        Rows i of the product that are in memory at a time; all of them if None. Beside its result the Triton forward
-        pass holds a and b, each like ``z`` if C_hidden is C, and one slab.
+        Most rows i of the product that are in memory at a time; plain PyTorch takes no more than fit a cache. Beside
+        its result the forward pass holds a and b, each like ``z`` if C_hidden is C, and one slab.
     backend : Backend
-        ``auto`` takes Triton on CUDA where it can, else plain PyTorch, as do ``torch`` and ``reference``.
+        ``auto`` takes Triton on CUDA where it can, else plain PyTorch, as does ``torch``: in slabs where nothing needs
+        a gradient. ``reference`` is PyTorch without slabs.
 
     Returns
     -------
@@ -66,8 +70,9 @@ def triangle_multiplication(
 
     Notes
     -----
-    Source: AF3 Algorithms 12 and 13. The backward pass is given only the inputs of the forward pass. It takes about 4.5
-    times the memory of ``z`` in the dtype of the products at N = 640 and above, beside the gradients.
+    Source: AF3 Algorithms 12 and 13, and, with offsets, AF2 Algorithms 11 and 12. The backward pass of Triton is given
+    only the inputs of the forward pass. It takes about 4.5 times the memory of ``z`` in the dtype of the products at
+    N = 640 and above, beside the gradients.
     """
     _check(z, mask, weights, dropout, slab_rows)
     if out is not None:
@@ -75,9 +80,13 @@ def triangle_multiplication(
     compute = _compute_dtype(z)
     backend = Backend(backend)
     if _takes_triton(backend, z, weights):
-        return operator.triangle_multiplication(z, mask, weights, dropout, incoming, out, slab_rows, compute)
+        return operator.triangle_multiplication(z, mask, weights, dropout, incoming, residual, out, slab_rows, compute)
     with torch.autocast(z.device.type, enabled=False):
-        result = reference.triangle_multiplication(z, mask, weights, dropout, incoming, compute)
+        if backend is not Backend.REFERENCE and not _needs_gradient(z, weights):
+            out = torch.empty_like(z) if out is None else out
+            torch_slabs.triangle_multiplication(z, mask, weights, dropout, out, incoming, residual, slab_rows, compute)
+            return out
+        result = reference.triangle_multiplication(z, mask, weights, dropout, incoming, residual, compute)
     return result if out is None else out.copy_(result)
 
 
@@ -132,6 +141,13 @@ def _check_weights(weights: TriangleWeights, z: Tensor) -> None:
         if not weight.is_floating_point():
             raise TypeError(f"weights.{name} must be floating point, but got {weight.dtype}")
         _check_device(f"weights.{name}", weight, z)
+    if weights.offsets is not None:
+        count = 4 * hidden + 2 * channels
+        if weights.offsets.shape != (count,):
+            raise ValueError(
+                f"weights.offsets must be [4 C_hidden + 2 C] = [{count}], but got {list(weights.offsets.shape)}"
+            )
+        _check_device("weights.offsets", weights.offsets, z)
     for part, parameter in (("weight", weights.norm_out.weight), ("bias", weights.norm_out.bias)):
         if parameter is None:
             continue
@@ -159,8 +175,12 @@ def _check_out(out: Tensor, z: Tensor, weights: TriangleWeights) -> None:
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous channels, but its strides are {out.stride()}")
     _check_device("out", out, z)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (z, out, *operator.parameters(weights).values())):
+    if _needs_gradient(z, weights) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError("out is for inference: call under torch.no_grad(), or leave out=None")
+
+
+def _needs_gradient(z: Tensor, weights: TriangleWeights) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (z, *operator.parameters(weights).values()))
 
 
 def _check_device(name: str, x: Tensor, z: Tensor) -> None:

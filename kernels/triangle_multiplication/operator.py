@@ -25,6 +25,7 @@ DIFFERENTIABLE = (
     "b_gate",
     "gate",
     "out",
+    "offsets",
 )
 """Inputs that have gradients, in the order in which the backward operator returns those that are given."""
 
@@ -44,17 +45,18 @@ def triangle_multiplication(
     weights: TriangleWeights,
     dropout: Tensor | None,
     incoming: bool,
+    residual: bool,
     out: Tensor | None,
     slab_rows: int | None,
     compute: torch.dtype,
 ) -> Tensor:
-    """``z`` and its update, in ``out`` if it is given."""
+    """``z`` and its update, or that alone, in ``out`` if it is given."""
     named = parameters(weights)
     tensors = [named.get(name) for name in DIFFERENTIABLE[1:]]
     eps = weights.norm_in.eps, weights.norm_out.eps
     if out is None:
-        return triangle_multiplication_forward(z, *tensors, mask, dropout, *eps, incoming, slab_rows, compute)
-    triangle_multiplication_into(out, z, *tensors, mask, dropout, *eps, incoming, slab_rows, compute)
+        return triangle_multiplication_forward(z, *tensors, mask, dropout, *eps, incoming, residual, slab_rows, compute)
+    triangle_multiplication_into(out, z, *tensors, mask, dropout, *eps, incoming, residual, slab_rows, compute)
     return out
 
 
@@ -63,11 +65,11 @@ def _weights(
     norm_in_bias: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor | None,
-    *matrices: Tensor,
+    *layers: Tensor,
     eps: tuple[float, float],
 ) -> TriangleWeights:
     norm_in = NormParameters(norm_in_weight, norm_in_bias, eps[0])
-    return TriangleWeights(norm_in, NormParameters(norm_out_weight, norm_out_bias, eps[1]), *matrices)
+    return TriangleWeights(norm_in, NormParameters(norm_out_weight, norm_out_bias, eps[1]), *layers)
 
 
 @torch.library.custom_op("pairformer_fast::triangle_multiplication_forward", mutates_args=())
@@ -83,11 +85,13 @@ def triangle_multiplication_forward(
     b_gate: Tensor,
     gate: Tensor,
     out: Tensor,
+    offsets: Tensor | None,
     mask: Tensor,
     dropout: Tensor | None,
     eps_in: float,
     eps_out: float,
     incoming: bool,
+    residual: bool,
     slab_rows: int | None,
     compute: torch.dtype,
 ) -> Tensor:
@@ -95,9 +99,9 @@ def triangle_multiplication_forward(
     from pairformer_fast.kernels.triangle_multiplication import triton_forward
 
     norms = norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias
-    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, eps=(eps_in, eps_out))
+    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, offsets, eps=(eps_in, eps_out))
     result = torch.empty_like(z)
-    triton_forward.forward(z, mask, weights, dropout, result, incoming, slab_rows, compute)
+    triton_forward.forward(z, mask, weights, dropout, result, incoming, residual, slab_rows, compute)
     return result
 
 
@@ -120,11 +124,13 @@ def triangle_multiplication_into(
     b_gate: Tensor,
     gate: Tensor,
     out: Tensor,
+    offsets: Tensor | None,
     mask: Tensor,
     dropout: Tensor | None,
     eps_in: float,
     eps_out: float,
     incoming: bool,
+    residual: bool,
     slab_rows: int | None,
     compute: torch.dtype,
 ) -> None:
@@ -132,8 +138,8 @@ def triangle_multiplication_into(
     from pairformer_fast.kernels.triangle_multiplication import triton_forward
 
     norms = norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias
-    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, eps=(eps_in, eps_out))
-    triton_forward.forward(z, mask, weights, dropout, result, incoming, slab_rows, compute)
+    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, offsets, eps=(eps_in, eps_out))
+    triton_forward.forward(z, mask, weights, dropout, result, incoming, residual, slab_rows, compute)
 
 
 @torch.library.custom_op("pairformer_fast::triangle_multiplication_backward", mutates_args=())
@@ -150,20 +156,22 @@ def triangle_multiplication_backward(
     b_gate: Tensor,
     gate: Tensor,
     out: Tensor,
+    offsets: Tensor | None,
     mask: Tensor,
     dropout: Tensor | None,
     eps_in: float,
     eps_out: float,
     incoming: bool,
+    residual: bool,
     compute: torch.dtype,
 ) -> list[Tensor]:
     """Gradients of those of ``DIFFERENTIABLE`` that are given, in their dtypes."""
     from pairformer_fast.kernels.triangle_multiplication import triton_backward
 
     norms = norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias
-    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, eps=(eps_in, eps_out))
+    weights = _weights(*norms, a, a_gate, b, b_gate, gate, out, offsets, eps=(eps_in, eps_out))
     given = {"z": z} | parameters(weights)
-    gradients = triton_backward.backward(dy, z, mask, weights, dropout, incoming, compute)
+    gradients = triton_backward.backward(dy, z, mask, weights, dropout, incoming, residual, compute)
     return [gradients[name].to(given[name].dtype) for name in DIFFERENTIABLE if name in given]
 
 
@@ -174,16 +182,16 @@ def _(dy: Tensor, z: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, eps_in, eps_out, incoming, _, compute = inputs
+    *tensors, eps_in, eps_out, incoming, residual, _, compute = inputs
     ctx.save_for_backward(*tensors)
-    ctx.settings = eps_in, eps_out, incoming, compute
+    ctx.settings = eps_in, eps_out, incoming, residual, compute
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     gradients = iter(triangle_multiplication_backward(dy, *tensors, *ctx.settings))
     given = [None if x is None else next(gradients) for x in tensors[: len(DIFFERENTIABLE)]]
-    return *given, *[None] * 7
+    return *given, *[None] * 8
 
 
 triangle_multiplication_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -108,6 +108,7 @@ def update_backward(
             norm_out.bias,
             weights.out,
             weights.gate,
+            weights.offsets,
             rows,
             tokens,
             size,
@@ -161,6 +162,7 @@ def edges_backward(
             weights.a_gate,
             weights.b,
             weights.b_gate,
+            weights.offsets,
             da,
             db,
             da.stride(0),
@@ -211,6 +213,7 @@ def backward(
     weights: TriangleWeights,
     dropout: Tensor | None,
     incoming: bool,
+    residual: bool,
     compute: torch.dtype,
 ) -> dict[str, Tensor]:
     """Gradients by the names of ``operator.DIFFERENTIABLE``: that of z in its dtype, the others in fp32."""
@@ -231,27 +234,32 @@ def backward(
         product = multiply(a, b, incoming, 0, size)
         # Holds the gradient of the gate first, and then, chunk by chunk, that of the normalised z.
         dx = z.new_empty(batch, size, size, channels, dtype=compute)
-        dout, dnorm_out = _through_update(dy, z, product, cast, scale, dx)
+        dout, dnorm_out, doffset = _through_update(dy, z, product, cast, scale, dx)
         edge_gradients(product.view(-1, size, size), room, b.view(-1, size, size), incoming)
         del product
-        dstacked = _through_edges(z, mask, cast, stacked, room[: batch * hidden].view(shape), b, dx)
+        dstacked, doffsets = _through_edges(z, mask, cast, stacked, room[: batch * hidden].view(shape), b, dx)
         del room, a, b
         dx = dx[:, :tokens, :tokens]
-        dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx, dy, backend=Backend.TRITON)
+        dz, *dnorm_in = layer_norm_backward(z, weights.norm_in, dx, dy if residual else None, backend=Backend.TRITON)
     gradients = {"z": dz, "out": dout}
     gradients |= {name: x.clone() for name, x in zip(STACKED, dstacked.split(sizes), strict=True)}
     for name, pair in (("norm_in", dnorm_in), ("norm_out", dnorm_out)):
         gradients |= {f"{name}_weight": pair[0].clone(), f"{name}_bias": pair[1].clone()}
+    if weights.offsets is not None:
+        gradients["offsets"] = torch.cat([torch.stack(sums).sum(0) for sums in (doffsets, doffset)])
     return gradients
 
 
 def _through_update(
     dy: Tensor, z: Tensor, product: Tensor, weights: TriangleWeights, dropout: Tensor | None, dgate: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``out`` and of both parameters of ``norm_out``; the rest as :func:`update_backward`."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of ``out``, of both parameters of ``norm_out``, and shares ``[C]`` of that of the offset, if there are.
+
+    The rest as :func:`update_backward`.
+    """
     channels, hidden = weights.out.shape
     dout = WeightGradient(channels, hidden, SHARES, z.device)
-    dnorm_out = []
+    dnorm_out, doffset = [], []
     for i, rows, padded_rows in _chunks(z, product):
         scale = None if dropout is None else dropout[i, rows]
         dupdate, normalised, dnorm = update_backward(
@@ -259,20 +267,28 @@ def _through_update(
         )
         dout.add(dupdate, normalised)
         dnorm_out.append(dnorm)
-    return dout.total(), torch.cat(dnorm_out, 1).sum(1)
+        if weights.offsets is not None:
+            doffset.append(dupdate.sum(0, dtype=torch.float32))
+    return dout.total(), torch.cat(dnorm_out, 1).sum(1), doffset
 
 
 def _through_edges(
     z: Tensor, mask: Tensor, weights: TriangleWeights, stacked: Tensor, da: Tensor, db: Tensor, dx: Tensor
-) -> Tensor:
-    """Gradient of the ``stacked`` weights; ``dx`` is that of the gate and becomes that of the normalised z."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the ``stacked`` weights, and shares ``[4 C_hidden + C]`` of that of their offsets, if there are.
+
+    ``dx`` is the gradient of the gate and becomes that of the normalised z.
+    """
     dstacked = WeightGradient(*stacked.shape, SHARES, z.device)
+    doffsets = []
     for i, rows, padded_rows in _chunks(z, da):
         planes = da[i, :, padded_rows], db[i, :, padded_rows]
         x, gradients = edges_backward(z[i, rows], mask[i, rows], weights, *planes, dx[i, padded_rows])
         dstacked.add(gradients, x)
+        if weights.offsets is not None:
+            doffsets.append(gradients.sum(0, dtype=torch.float32))
         torch.mm(gradients, stacked, out=dx[i, padded_rows].view(-1, z.shape[-1]))
-    return dstacked.total()
+    return dstacked.total(), doffsets
 
 
 def _chunks(z: Tensor, planes: Tensor) -> Iterator[tuple[int, slice, slice]]:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows, unit_rows
-from pairformer_fast.kernels.triangle_multiplication.triton_common import load_weight, locate_tokens
+from pairformer_fast.kernels.triangle_multiplication.triton_common import load_offset, load_weight, locate_tokens
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def update_backward_kernel(
     norm_out_bias,
     w_out,
     w_gate,
+    offsets,
     ROWS,
     N,
     P,
@@ -84,7 +85,11 @@ def update_backward_kernel(
         b_w = load_weight(w_out, start, C, H, BLOCK_O, BLOCK_H)
         b_w_gate = load_weight(w_gate, start, C, C, BLOCK_O, BLOCK_C)
         b_value = tl.dot(b_normalised, tl.trans(b_w), input_precision=PRECISION)  # [T, O]
-        b_gate = tl.sigmoid(tl.dot(b_x, tl.trans(b_w_gate), input_precision=PRECISION))
+        b_gate = tl.dot(b_x, tl.trans(b_w_gate), input_precision=PRECISION)
+        if offsets is not None:
+            b_value += load_offset(offsets + 4 * H + C, start, C, BLOCK_O)[None, :]
+            b_gate += load_offset(offsets + 4 * H, start, C, BLOCK_O)[None, :]
+        b_gate = tl.sigmoid(b_gate)
         o_o = start + tl.arange(0, BLOCK_O)
         m_o = m_t[:, None] & (o_o < C)[None, :]
         b_dy = tl.load(dy + (o_i * dy_i + o_j * dy_j)[:, None] + o_o[None, :], mask=m_o, other=0.0).to(tl.float32)
@@ -115,6 +120,7 @@ def edge_backward(
     keep,
     w,
     w_gate,
+    offsets,
     rows,
     o_t,
     TOKENS,
@@ -128,7 +134,11 @@ def edge_backward(
 ):
     """Gradients before mask, gate and product of one edge, into columns from ``FIRST`` on."""
     b_value = tl.dot(load_weight(w, start, H, C, BLOCK_O, BLOCK_C), b_x, input_precision=PRECISION)  # [O, T]
-    b_gate = tl.sigmoid(tl.dot(load_weight(w_gate, start, H, C, BLOCK_O, BLOCK_C), b_x, input_precision=PRECISION))
+    b_gate = tl.dot(load_weight(w_gate, start, H, C, BLOCK_O, BLOCK_C), b_x, input_precision=PRECISION)
+    if offsets is not None:
+        b_value += load_offset(offsets + FIRST, start, H, BLOCK_O)[:, None]
+        b_gate += load_offset(offsets + FIRST + H, start, H, BLOCK_O)[:, None]
+    b_gate = tl.sigmoid(b_gate)
     o_h = start + tl.arange(0, BLOCK_O)
     p_dedge = dedge + o_h[:, None].to(tl.int64) * plane + o_t[None, :]
     b_dedge = tl.load(p_dedge, mask=(o_h < H)[:, None] & keep[None, :], other=0.0).to(tl.float32)
@@ -153,6 +163,7 @@ def edges_backward_kernel(
     w_a_gate,
     w_b,
     w_b_gate,
+    offsets,
     da,
     db,
     plane,
@@ -184,10 +195,26 @@ def edges_backward_kernel(
     b_x = tl.trans(b_x)  # [C, T]
     for start in tl.range(0, H, BLOCK_O, num_stages=STAGES):
         edge_backward(
-            da, plane, b_x, keep, w_a, w_a_gate, rows, o_t, TOKENS, start, 0, C, H, BLOCK_C, BLOCK_O, PRECISION
+            da, plane, b_x, keep, w_a, w_a_gate, offsets, rows, o_t, TOKENS, start, 0, C, H, BLOCK_C, BLOCK_O, PRECISION
         )
         edge_backward(
-            db, plane, b_x, keep, w_b, w_b_gate, rows, o_t, TOKENS, start, 2 * H, C, H, BLOCK_C, BLOCK_O, PRECISION
+            db,
+            plane,
+            b_x,
+            keep,
+            w_b,
+            w_b_gate,
+            offsets,
+            rows,
+            o_t,
+            TOKENS,
+            start,
+            2 * H,
+            C,
+            H,
+            BLOCK_C,
+            BLOCK_O,
+            PRECISION,
         )
     p_dgate = dgate + o_t.to(tl.int64)[:, None] * C + columns[None, :]
     b_dgate = tl.load(p_dgate, mask=(o_t < TOKENS)[:, None] & (columns < C)[None, :], other=0.0)

@@ -58,6 +58,13 @@ def locate_tokens(start, ROWS, N, P, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def load_offset(offset, start, ROWS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Offsets from ``start`` on of a layer of ``ROWS`` outputs, in fp32, zero beyond."""
+    o_r = start + tl.arange(0, BLOCK_R)
+    return tl.load(offset + o_r, mask=o_r < ROWS, other=0.0).to(tl.float32)  # [R]
+
+
+@triton.jit
 def load_weight(weight, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """Rows from ``start`` of a contiguous ``[ROWS, COLUMNS]``, zero beyond."""
     o_r = start + tl.arange(0, BLOCK_R)[:, None]

@@ -19,6 +19,7 @@ from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleW
 from pairformer_fast.kernels.triangle_multiplication.triton_common import (
     Tiles,
     aligned,
+    load_offset,
     load_weight,
     locate_tokens,
     programs_of,
@@ -42,10 +43,27 @@ def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
 
 
 @triton.jit
-def gated_edge(b_w, b_w_gate, b_x, keep, PRECISION: tl.constexpr):
-    """Channels of tokens ``b_x [C, T]`` that are kept: ``[R, T]`` in fp32."""
+def gated_edge(
+    b_w,
+    b_w_gate,
+    b_x,
+    keep,
+    offsets,
+    FIRST: tl.constexpr,
+    start,
+    H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Channels from ``start`` of tokens ``b_x [C, T]`` that are kept: ``[R, T]`` in fp32.
+
+    Offsets of the edge, and then those of its gate, begin at ``FIRST``.
+    """
     b_value = tl.dot(b_w, b_x, input_precision=PRECISION)
     b_gate = tl.dot(b_w_gate, b_x, input_precision=PRECISION)
+    if offsets is not None:
+        b_value += load_offset(offsets + FIRST, start, H, BLOCK_R)[:, None]
+        b_gate += load_offset(offsets + FIRST + H, start, H, BLOCK_R)[:, None]
     return tl.where(keep[None, :], b_value * tl.sigmoid(b_gate), 0.0)
 
 
@@ -73,6 +91,7 @@ def project_kernel(
     w_a_gate,
     w_b,
     w_b_gate,
+    offsets,
     a,
     b,
     N,
@@ -110,31 +129,58 @@ def project_kernel(
         b_x = normalised_rows(b_z, norm_weight, norm_bias, columns, C, EPS, HAS_BIAS)
         b_x = tl.trans(b_x.to(w_a.dtype.element_ty))  # [C, T]
         if RESIDENT:
-            store_planes(a, TOKENS, gated_edge(b_a, b_a_gate, b_x, keep, PRECISION), 0, o_t, TOKENS, H, BLOCK_R)
-            store_planes(b, TOKENS, gated_edge(b_b, b_b_gate, b_x, keep, PRECISION), 0, o_t, TOKENS, H, BLOCK_R)
+            b_edge = gated_edge(b_a, b_a_gate, b_x, keep, offsets, 0, 0, H, BLOCK_R, PRECISION)
+            store_planes(a, TOKENS, b_edge, 0, o_t, TOKENS, H, BLOCK_R)
+            b_edge = gated_edge(b_b, b_b_gate, b_x, keep, offsets, 2 * H, 0, H, BLOCK_R, PRECISION)
+            store_planes(b, TOKENS, b_edge, 0, o_t, TOKENS, H, BLOCK_R)
         else:
             for start in tl.range(0, H, BLOCK_R, num_stages=STAGES):
                 b_a = load_weight(w_a, start, H, C, BLOCK_R, BLOCK_C)
                 b_a_gate = load_weight(w_a_gate, start, H, C, BLOCK_R, BLOCK_C)
-                b_edge = gated_edge(b_a, b_a_gate, b_x, keep, PRECISION)
+                b_edge = gated_edge(b_a, b_a_gate, b_x, keep, offsets, 0, start, H, BLOCK_R, PRECISION)
                 store_planes(a, TOKENS, b_edge, start, o_t, TOKENS, H, BLOCK_R)
                 b_b = load_weight(w_b, start, H, C, BLOCK_R, BLOCK_C)
                 b_b_gate = load_weight(w_b_gate, start, H, C, BLOCK_R, BLOCK_C)
-                b_edge = gated_edge(b_b, b_b_gate, b_x, keep, PRECISION)
+                b_edge = gated_edge(b_b, b_b_gate, b_x, keep, offsets, 2 * H, start, H, BLOCK_R, PRECISION)
                 store_planes(b, TOKENS, b_edge, start, o_t, TOKENS, H, BLOCK_R)
 
 
 @triton.jit
 def output_channels(
-    z, dropout, out, o_z, o_dropout, o_out, b_product, b_x, b_w, b_w_gate, columns, m_o, PRECISION: tl.constexpr
+    z,
+    dropout,
+    out,
+    o_z,
+    o_dropout,
+    o_out,
+    b_product,
+    b_x,
+    b_w,
+    b_w_gate,
+    offsets,
+    start,
+    columns,
+    m_o,
+    C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Update of some channels ``columns`` of a tile of tokens, from its normalised product and z."""
+    """Update of channels ``columns``, from ``start`` on, of a tile of tokens from its normalised product and z.
+
+    ``offsets`` are those of the gate, followed by those of the output.
+    """
     b_update = tl.dot(b_product, tl.trans(b_w), input_precision=PRECISION)  # [T, O]
-    b_update *= tl.sigmoid(tl.dot(b_x, tl.trans(b_w_gate), input_precision=PRECISION))
+    b_gate = tl.dot(b_x, tl.trans(b_w_gate), input_precision=PRECISION)
+    if offsets is not None:
+        b_update += load_offset(offsets + C, start, C, BLOCK_O)[None, :]
+        b_gate += load_offset(offsets, start, C, BLOCK_O)[None, :]
+    b_update *= tl.sigmoid(b_gate)
     if dropout is not None:
         b_update *= tl.load(dropout + o_dropout, mask=m_o, other=0.0).to(tl.float32)
-    b_out = tl.load(z + o_z[:, None] + columns[None, :], mask=m_o, other=0.0).to(tl.float32) + b_update
-    tl.store(out + o_out[:, None] + columns[None, :], b_out.to(out.dtype.element_ty), mask=m_o)
+    if RESIDUAL:
+        b_update = tl.load(z + o_z[:, None] + columns[None, :], mask=m_o, other=0.0).to(tl.float32) + b_update
+    tl.store(out + o_out[:, None] + columns[None, :], b_update.to(out.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
@@ -159,6 +205,7 @@ def output_kernel(
     norm_out_bias,
     w_out,
     w_gate,
+    offsets,
     ROWS,
     N,
     P,
@@ -173,17 +220,20 @@ def output_kernel(
     EPS_OUT: tl.constexpr,
     HAS_BIAS_IN: tl.constexpr,
     HAS_BIAS_OUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Residual and update of a slab of ``ROWS`` rows; ``out`` may be ``z``."""
+    """Update of a slab of ``ROWS`` rows, with or without the residual; ``out`` may be ``z``."""
     i_b = tl.program_id(1).to(tl.int64)
     z += i_b * z_b
     out += i_b * out_b
     product += i_b * H * TOKENS
     if dropout is not None:
         dropout += i_b * dropout_b
+    if offsets is not None:
+        offsets += 4 * H
     columns, o_h = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_H)
     if RESIDENT:
         b_w = load_weight(w_out, 0, C, H, BLOCK_O, BLOCK_H)
@@ -207,7 +257,26 @@ def output_kernel(
                 b_w_gate = load_weight(w_gate, start, C, C, BLOCK_O, BLOCK_C)
             o_dropout = (o_i * dropout_i + o_j * dropout_j)[:, None] + (o_c * dropout_c)[None, :]
             m_o = m_t[:, None] & (o_c < C)[None, :]
-            output_channels(z, dropout, out, o_z, o_dropout, o_out, b_product, b_x, b_w, b_w_gate, o_c, m_o, PRECISION)
+            output_channels(
+                z,
+                dropout,
+                out,
+                o_z,
+                o_dropout,
+                o_out,
+                b_product,
+                b_x,
+                b_w,
+                b_w_gate,
+                offsets,
+                start,
+                o_c,
+                m_o,
+                C,
+                BLOCK_O,
+                RESIDUAL,
+                PRECISION,
+            )
 
 
 def project(
@@ -229,6 +298,7 @@ def project(
             norm.weight,
             norm.bias,
             *matrices,
+            weights.offsets,
             a,
             b,
             tokens,
@@ -254,9 +324,10 @@ def write_output(
     weights: TriangleWeights,
     dropout: Tensor | None,
     out: Tensor,
+    residual: bool,
     tiles: Tiles | None = None,
 ) -> None:
-    """Residual and update of rows ``z [B, R, N, C]`` into ``out``, from their product ``[B, C_hidden, >= R, P]``."""
+    """Update of rows ``z [B, R, N, C]`` into ``out``, from their product ``[B, C_hidden, >= R, P]``."""
     batch, rows, tokens, channels = z.shape
     hidden, size = product.shape[1], product.shape[-1]
     tiles = tiles or output_tiles(channels, product.dtype)
@@ -277,6 +348,7 @@ def write_output(
             norm_out.bias,
             weights.out.to(product.dtype).contiguous(),
             weights.gate.to(product.dtype).contiguous(),
+            weights.offsets,
             rows,
             tokens,
             size,
@@ -291,6 +363,7 @@ def write_output(
             EPS_OUT=norm_out.eps,
             HAS_BIAS_IN=norm_in.bias is not None,
             HAS_BIAS_OUT=norm_out.bias is not None,
+            RESIDUAL=residual,
             PRECISION=precision(product.dtype),
             RESIDENT=tiles.programs > 0,
             STAGES=tiles.stages,
@@ -313,10 +386,11 @@ def forward(
     dropout: Tensor | None,
     out: Tensor,
     incoming: bool,
+    residual: bool,
     slab_rows: int | None,
     compute: torch.dtype,
 ) -> None:
-    """Write ``z`` and its update into ``out``, which may be ``z``: edges are made before the first row is written."""
+    """Write the update into ``out``, which may be ``z``: edges are made before the first row is written."""
     batch, tokens, _, _ = z.shape
     size = aligned(tokens)
     a, b = torch.empty(2, batch, weights.a.shape[0], size, size, dtype=compute, device=z.device)
@@ -334,4 +408,5 @@ def forward(
                 weights,
                 scale,
                 out[:, rows],
+                residual,
             )

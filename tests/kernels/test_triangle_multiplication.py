@@ -40,10 +40,12 @@ class Case:
     compute: torch.dtype | None = None
     bias: bool = True
     dropout: str = ""
+    offsets: bool = False
 
     def __str__(self) -> str:
         types = "-".join(str(x).removeprefix("torch.") for x in (self.dtype, self.compute) if x is not None)
-        return f"B{self.b}-N{self.n}-C{self.c}-H{self.h}-{types}{'' if self.bias else '-nobias'}{self.dropout}"
+        features = f"{'' if self.bias else '-nobias'}{'-offsets' if self.offsets else ''}{self.dropout}"
+        return f"B{self.b}-N{self.n}-C{self.c}-H{self.h}-{types}{features}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def make(case: Case) -> Problem:
             leaves[f"{name}_bias"] = draw(width, scale=0.2)
     leaves |= {name: draw(h, c, scale=c**-0.5) for name in ("a", "a_gate", "b", "b_gate")}
     leaves |= {"gate": draw(c, c, scale=c**-0.5), "out": draw(c, h, scale=h**-0.5)}
+    if case.offsets:
+        leaves["offsets"] = draw(4 * h + 2 * c, scale=0.5)
     mask = torch.rand(b, n, n, generator=generator) < 0.8
     mask[:, :, n - n // 5 :] = False
     dropout = None
@@ -90,6 +94,7 @@ def update(problem: Problem, incoming: bool, backend: Backend = Backend.TRITON, 
         NormParameters(x["norm_in_weight"], x.get("norm_in_bias")),
         NormParameters(x["norm_out_weight"], x.get("norm_out_bias"), 1e-4),
         *(x[name] for name in ("a", "a_gate", "b", "b_gate", "gate", "out")),
+        x.get("offsets"),
     )
     return triangle_multiplication(
         x["z"], problem.mask, weights, problem.dropout, incoming=incoming, backend=backend, **options
@@ -160,6 +165,8 @@ CASES = [
     Case(9, c=16, h=24, b=2, dropout="rows"),
     Case(20, c=64, h=64, dtype=torch.float16, dropout="columns"),
     Case(18, c=40, h=64, compute=torch.float16, dropout="rows"),
+    Case(11, c=24, h=40, b=2, dropout="rows", offsets=True),
+    Case(18, c=40, h=64, compute=torch.float16, offsets=True),
 ]
 GPU_CASES = [
     Case(130, c=128, h=128, dtype=torch.bfloat16, dropout="rows"),
@@ -168,6 +175,8 @@ GPU_CASES = [
     Case(257, c=128, h=128, compute=torch.bfloat16, dropout="columns"),
     Case(130, c=128, h=32, compute=torch.bfloat16, bias=False),
     Case(130, c=64, h=128, compute=torch.float16),
+    Case(130, c=128, h=128, compute=torch.bfloat16, dropout="rows", offsets=True),
+    Case(130, c=64, h=128, dtype=torch.bfloat16, offsets=True),
     Case(63, c=128, h=128),
     Case(63, c=256, h=64),
 ]
@@ -179,7 +188,7 @@ def test_output_and_gradients_are_those_of_plain_pytorch(case, incoming, small_c
     check(case, incoming)
 
 
-@pytest.mark.parametrize("case", [Case(9, c=40, h=24, dropout="rows"), Case(10, c=16, h=72)], ids=str)
+@pytest.mark.parametrize("case", [Case(9, c=40, h=24, dropout="rows"), Case(10, c=16, h=72, offsets=True)], ids=str)
 def test_small_tiles_of_tokens_and_channels_give_the_same(case, small_chunks, monkeypatch):
     want = results(make(case), False)
     for tiles in (Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 1, programs=1)):
@@ -199,11 +208,30 @@ def test_reference_is_the_module_of_the_model(incoming):
     torch.testing.assert_close(got, module(z, mask))
 
 
-def test_weights_of_a_module_with_offsets_are_refused():
-    module = TriangleMultiplication(16, 16)
-    module.linear_g = torch.nn.Linear(16, 16)
-    with pytest.raises(ValueError, match="linear_g has an offset"):
-        TriangleWeights.of(module)
+def test_offsets_of_a_module_are_taken():
+    torch.manual_seed(0)
+    module, z, mask = TriangleMultiplication(16, 24), torch.randn(1, 5, 5, 16), torch.ones(1, 5, 5, dtype=torch.bool)
+    plain = TriangleWeights.of(module)
+    assert plain.offsets is None
+    module.linear_g, module.linear_b_p = torch.nn.Linear(16, 16), torch.nn.Linear(16, 24)
+    torch.nn.init.normal_(module.linear_z.weight)
+    with_offsets = TriangleWeights.of(module)
+    update = triangle_multiplication(z, mask, with_offsets, incoming=False, residual=False, backend=Backend.REFERENCE)
+    x = module.layer_norm_in(z)
+    a = module.linear_a_g(x).sigmoid() * module.linear_a_p(x)
+    b = module.linear_b_g(x).sigmoid() * module.linear_b_p(x)
+    product = module.layer_norm_out(torch.einsum("zikc,zjkc->zijc", a, b))
+    torch.testing.assert_close(update, module.linear_g(x).sigmoid() * module.linear_z(product))
+
+
+@DIRECTIONS
+def test_update_without_the_residual(incoming, small_chunks):
+    problem = make(Case(11, c=24, h=16, b=2, dropout="rows", offsets=True))
+    truth = results(problem.to(torch.float64), incoming, backend=Backend.REFERENCE, residual=False)
+    plain = results(problem, incoming, backend=Backend.REFERENCE, residual=False)
+    compare(results(problem, incoming, residual=False), plain, truth, FLOOR[torch.float32])
+    with_z = update(problem.to(torch.float64), incoming, Backend.REFERENCE)
+    torch.testing.assert_close(truth["output"], with_z - problem.leaves["z"].double())
 
 
 @DIRECTIONS
@@ -254,7 +282,7 @@ def test_in_place_update_is_that_of_a_new_tensor(layout, incoming):
     assert torch.equal(z, want)
 
 
-@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TORCH, Backend.TRITON])
 def test_out_may_be_another_tensor(backend):
     problem = make(Case(5))
     want, before = update(problem, False, backend), problem.leaves["z"].clone()
@@ -264,14 +292,39 @@ def test_out_may_be_another_tensor(backend):
     assert torch.equal(problem.leaves["z"], before)
 
 
-def test_masked_edges_may_hold_anything():
+@DIRECTIONS
+@pytest.mark.parametrize("slab_rows", [1, 4, None])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(9, c=24, h=40, b=2, dropout="rows", offsets=True),
+        Case(9, c=16, h=24, bias=False, compute=torch.bfloat16),
+        Case(9, dtype=torch.float64),
+    ],
+    ids=str,
+)
+def test_slabs_of_plain_pytorch_are_the_reference(case, slab_rows, incoming):
+    problem = make(case)
+    with torch.autocast(DEVICE, case.compute, enabled=case.compute is not None):
+        want = update(problem, incoming, Backend.REFERENCE)
+        got = update(problem, incoming, Backend.TORCH, slab_rows=slab_rows)
+        update_alone = update(problem, incoming, Backend.TORCH, slab_rows=slab_rows, residual=False)
+        z = problem.leaves["z"].clone()
+        update(replace(problem, leaves=problem.leaves | {"z": z}), incoming, Backend.TORCH, slab_rows=4, out=z)
+    tolerance = 2e-2 if case.compute else 1e-5
+    for result in (got, z, problem.leaves["z"] + update_alone):
+        torch.testing.assert_close(result, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.TRITON])
+def test_masked_edges_may_hold_anything(backend):
     problem = make(Case(10))
     problem.mask[:, 2] = False
     problem.mask[:, :, 3] = False
-    want = update(problem, False)
+    want = update(problem, False, backend)
     z = problem.leaves["z"].clone()
     z[:, 2, 3] = torch.nan
-    got = update(replace(problem, leaves=problem.leaves | {"z": z}), False)
+    got = update(replace(problem, leaves=problem.leaves | {"z": z}), False, backend)
     others = torch.ones(10, 10, dtype=torch.bool, device=DEVICE)
     others[2, 3] = False
     assert torch.equal(got[:, others], want[:, others])
@@ -298,7 +351,7 @@ def test_repeats_are_identical_in_bf16():
 
 
 def test_gradients_keep_the_dtypes_of_parameters():
-    problem = make(Case(6))
+    problem = make(Case(6, offsets=True))
     leaves = problem.leaves | {"z": problem.leaves["z"].half()}
     mixed = replace(problem, leaves=leaves, dy=problem.dy.half())
     got = results(mixed, False)
@@ -309,10 +362,10 @@ def test_gradients_keep_the_dtypes_of_parameters():
 def operator_arguments(problem: Problem, incoming: bool) -> tuple:
     tensors = [problem.leaves.get(name) for name in NAMES]
     compute = problem.leaves["z"].dtype
-    return *tensors, problem.mask, problem.dropout, 1e-5, 1e-4, incoming, None, compute
+    return *tensors, problem.mask, problem.dropout, 1e-5, 1e-4, incoming, True, None, compute
 
 
-@pytest.mark.parametrize("case", [Case(5, bias=False), Case(5, b=2, dropout="rows")], ids=str)
+@pytest.mark.parametrize("case", [Case(5, bias=False), Case(5, b=2, dropout="rows", offsets=True)], ids=str)
 def test_operators_pass_opcheck(case):
     problem = make(case)
     leaves = {name: x.requires_grad_() for name, x in problem.leaves.items()}
