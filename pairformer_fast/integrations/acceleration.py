@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.bias import Configured, PairBiasAttention
 from pairformer_fast.config import AttentionConfig
 
 CORE = "core"
@@ -43,7 +43,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module that looks like attention and was left as it was.
+    """A module that looks like what is swapped and was left as it was.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Plan:
     skipped : sequence of Skipped
         What looks like it.
     around : mapping of str to NewClass
-        Modules that hold attention and change with it, by their paths.
+        Modules that hold attention or stand beside it and change with it, by their paths.
     """
 
     targets: Sequence[Target]
@@ -129,9 +129,10 @@ class Acceleration:
     swapped : tuple of str
         Paths of the accelerated attention modules within the model.
     around : tuple of str
-        Paths of modules that hold some of them and run here as a whole, such as the pair blocks of OpenFold3.
+        Paths of other modules that run here as a whole, such as the pair blocks of OpenFold3 and the triangle
+        multiplications of OpenFold.
     skipped : tuple of Skipped
-        What looks like attention and still runs the host's code.
+        What looks like one of them and still runs the host's code.
     """
 
     def __init__(self, plan: Plan, config: AttentionConfig) -> None:
@@ -149,14 +150,17 @@ class Acceleration:
             self._cores[target.path] = core
         for module, cls in changes:
             module.__class__ = cls
+        self._parts = [module for module, _ in changes if isinstance(module, Configured)]
+        for part in self._parts:
+            part.config = config
 
     def __repr__(self) -> str:
         return f"Acceleration({len(self.swapped)} swapped, {len(self.skipped)} skipped)"
 
     def configure(self, config: AttentionConfig) -> None:
-        """Compute attention as ``config`` says from now on, and forget the reports."""
-        for core in self._cores.values():
-            core.config = config
+        """Compute as ``config`` says from now on, and forget the reports."""
+        for part in (*self._cores.values(), *self._parts):
+            part.config = config
         self.reset()
 
     def reports(self) -> list[dict[str, Any]]:
@@ -174,10 +178,13 @@ class Acceleration:
 
     def restore(self) -> None:
         """Give every module the class it had, and take the cores out again; nothing happens the second time."""
+        for part in self._parts:
+            del part.config
         for module, cls in self._undo:
             module.__class__ = cls
         for holder in self._holders:
             delattr(holder, CORE)
+        self._parts.clear()
         self._undo.clear()
         self._holders.clear()
 

@@ -1,10 +1,11 @@
-"""OpenFold for AlphaFold 2: triangle attention and row attention over an MSA with pair bias.
+"""OpenFold for AlphaFold 2: triangle attention, row attention over an MSA with pair bias, triangle multiplication.
 
 For the package imported as ``openfold``: PyPI's 0.0.1 and GitHub's 2.x, told apart by the parts of a module, not by a
-version. Layer norms, projections, the pair bias, the gate and the output stay OpenFold's own, and with them the
-orientation of the bias around the ending node: b[k, i] as in AlphaFold 2, not b[i, k] as in AlphaFold 3, since it is
-projected from the transposed pair representation. Nothing here transposes it. Only what lies between q, k, v and the
-gate is replaced. Triangle multiplication, transitions and all other attention are not touched.
+version. In attention only what lies between q, k, v and the gate is replaced. Layer norms, projections, the pair bias,
+the gate and the output stay OpenFold's own, and with them the orientation of the bias around the ending node: b[k, i]
+as in AlphaFold 2, not b[i, k] as in AlphaFold 3, since it is projected from the transposed pair representation. Nothing
+here transposes it. Triangle multiplication runs here as a whole, with OpenFold's weights and offsets. All other
+attention is not touched, and neither are transitions, which OpenFold works on in chunks.
 
 Two things differ from OpenFold on purpose. A row whose keys are all masked gives zeros, where OpenFold averages over
 masked values; this concerns padding alone if a residue that the sequence masks is masked in every row of the MSA, rows
@@ -25,7 +26,15 @@ from openfold.model.triangular_attention import TriangleAttention, TriangleAtten
 from torch import Tensor, cat, nn
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
+from pairformer_fast.integrations import openfold_multiplication as multiplication
+from pairformer_fast.integrations.acceleration import (
+    NewClass,
+    Plan,
+    Skipped,
+    Target,
+    instance_obstacle,
+    sort_out,
+)
 
 ROWS_AT_ONCE = 256
 """Rows of the pair representation that are normalised for its bias at once, as in OpenFold."""
@@ -145,7 +154,16 @@ def plan(model: nn.Module) -> Plan:
     ValueError
         If there is nothing to swap.
     """
-    return Plan(*sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS))
+    targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
+    around = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, tuple(multiplication.NEW_CLASS)):
+            continue
+        if (reason := multiplication.obstacle(module)) is None:
+            around[path] = NewClass(module, multiplication.NEW_CLASS[type(module)])
+        else:
+            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
+    return Plan(targets, skipped, around)
 
 
 def _target(path: str, module: nn.Module) -> Target:

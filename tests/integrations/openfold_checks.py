@@ -15,10 +15,15 @@ from openfold.model.evoformer import EvoformerBlock, ExtraMSABlock
 from openfold.model.model import AlphaFold
 from openfold.model.msa import MSARowAttentionWithPairBias
 from openfold.model.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
+from openfold.model.triangular_multiplicative_update import (
+    TriangleMultiplicationIncoming,
+    TriangleMultiplicationOutgoing,
+)
 from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
+from pairformer_fast.integrations.openfold_multiplication import NEW_CLASS
 
 C_M, C_Z, SEQUENCES = 24, 16, 5
 DENSE = AttentionConfig(bias="dense")
@@ -43,6 +48,7 @@ BLOCK = {
     "ckpt": False,
 }
 ATTENTIONS = ("msa_att_row", "tri_att_start", "tri_att_end")
+MULTIPLICATIONS = ("tri_mul_out", "tri_mul_in")
 # A constant added to all logits of a query: softmax ignores it, so these gradients are zero but for rounding.
 NO_GRADIENT = ("msa_att_row.layer_norm_z.bias", "ipa.linear_b.bias")
 
@@ -128,6 +134,7 @@ def test_dense_bias_gives_openfolds_outputs_and_gradients(n, cls, training):
         torch.manual_seed(5)
         found, found_gradients = outputs(model, batch), gradients(model, batch)
     assert [path.rpartition(".")[2] for path in acceleration.swapped] == list(ATTENTIONS)
+    assert [path.rpartition(".")[2] for path in acceleration.around] == list(MULTIPLICATIONS)
     for a, b in zip(found, expected, strict=True):
         assert distance(a, b) < 1e-5
     assert_same_gradients(found_gradients, expected_gradients)
@@ -183,6 +190,58 @@ def test_orientation_of_the_bias(kind, config):
         found = module(z.transpose(1, 2)).transpose(1, 2) if "Evoformer" in kind else module(z)
     assert distance(found[0], attention_around_a_node(module, z[0], ending=kind != "starting")) < 1e-10
     assert distance(found[0], attention_around_a_node(module, z[0], ending=kind == "starting")) > 1e-2
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("cls", list(NEW_CLASS), ids=lambda cls: cls.__name__)
+def test_triangle_multiplication(cls, backend):
+    """Of all that the release has, fused ones included."""
+    n = 9
+    module = with_random_weights(cls(C_Z, 24))
+    z = torch.randn(2, n, n, C_Z, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = (torch.rand(2, n, n, generator=torch.Generator().manual_seed(2)) > 0.3).float()
+
+    def results() -> dict[str, torch.Tensor]:
+        leaves = {"z": z} | dict(module.named_parameters())
+        update = module(z, mask)
+        gradients = torch.autograd.grad(update.sin().sum(), list(leaves.values()))
+        return {"update": update.detach()} | dict(zip(leaves, gradients, strict=True))
+
+    expected = results()
+    with torch.no_grad():
+        expected["without a mask"] = module(z)
+    # Attention beside it, without which there is nothing to accelerate.
+    with accelerate(nn.ModuleList([module, TriangleAttention(C_Z, 8, 2)]), AttentionConfig(backend=backend)):
+        assert type(module) is NEW_CLASS[cls]
+        found = results()
+        with torch.no_grad():
+            found["without a mask"] = module(z)
+            added, overwritten = z.clone(), z.clone()
+            assert module(added, mask, inplace_safe=True, _add_with_inplace=True) is added
+            assert module(overwritten, mask, inplace_safe=True) is overwritten
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert distance(found[name], value) < 1e-5, name
+    assert distance(added - z, expected["update"]) < 1e-5
+    assert distance(overwritten, expected["update"]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", list(NEW_CLASS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_leading_dimensions_of_triangle_multiplication(inplace, leading, cls):
+    """In place, whether or not they can be seen as one, and longer than a slab."""
+    n = 37
+    module = with_random_weights(cls(C_Z, 8))
+    z = torch.randn(*reversed(leading), n, n, C_Z)
+    z = z.transpose(0, 1) if len(leading) == 2 else z
+    mask = (torch.rand(n, n) > 0.3).float().expand(*leading, n, n)
+    expected = module(z.clone(), mask) + z * inplace
+    with accelerate(nn.ModuleList([module, TriangleAttention(C_Z, 8, 2)]), DENSE):
+        found = module(z, mask, inplace_safe=inplace, _add_with_inplace=True)
+    assert (found is z) is inplace
+    assert distance(found, expected) < 1e-5
 
 
 @torch.no_grad()
@@ -319,10 +378,26 @@ def test_other_attention_is_reported_and_left_alone():
     for reason, words in zip(reasons.values(), expected, strict=True):
         assert words in reason
     changed = {path for path, module in model.named_modules() if classes.get(path) is not type(module)}
-    assert changed == {f"{path}{end}" for path in acceleration.swapped for end in ("", ".mha", ".mha.core")}
+    attention = {f"{path}{end}" for path in acceleration.swapped for end in ("", ".mha", ".mha.core")}
+    assert changed == attention | set(acceleration.around)
 
     again = [s.path for s in accelerate(nn.ModuleList([model, block()]), DENSE).skipped if "already" in s.reason]
-    assert again == [f"0.{path}" for path in acceleration.swapped]
+    assert again == [f"0.{path}" for path in (*acceleration.swapped, *acceleration.around)]
+
+
+def test_other_triangle_multiplication_is_reported_and_left_alone():
+    class Variant(TriangleMultiplicationIncoming):
+        pass
+
+    model = nn.ModuleDict({"block": block(), "variant": Variant(C_Z, 8)})
+    path, patched = next((path, m) for path, m in model.named_modules() if type(m) is TriangleMultiplicationOutgoing)
+    patched.forward = lambda *arguments, **options: None
+    acceleration = accelerate(model, DENSE)
+    assert [path.rpartition(".")[2] for path in acceleration.around] == ["tri_mul_in"]
+    reasons = {skipped.path: skipped.reason for skipped in acceleration.skipped}
+    assert "instance" in reasons[path]
+    assert "subclass" in reasons["variant"]
+    assert type(patched) is TriangleMultiplicationOutgoing
 
 
 def test_nothing_to_accelerate_is_an_error():
