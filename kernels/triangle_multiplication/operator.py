@@ -65,7 +65,7 @@ def _weights(
     norm_in_bias: Tensor | None,
     norm_out_weight: Tensor,
     norm_out_bias: Tensor | None,
-    *layers: Tensor,
+    *layers: Any,
     eps: tuple[float, float],
 ) -> TriangleWeights:
     norm_in = NormParameters(norm_in_weight, norm_in_bias, eps[0])

@@ -279,7 +279,7 @@ def _through_edges(
 
     ``dx`` is the gradient of the gate and becomes that of the normalised z.
     """
-    dstacked = WeightGradient(*stacked.shape, SHARES, z.device)
+    dstacked = WeightGradient(len(stacked), z.shape[-1], SHARES, z.device)
     doffsets = []
     for i, rows, padded_rows in _chunks(z, da):
         planes = da[i, :, padded_rows], db[i, :, padded_rows]

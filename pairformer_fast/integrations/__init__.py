@@ -19,9 +19,9 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
-    checkpoints stay as they are. The pair blocks of OpenFold3, and the pair updates of the layers of Boltz, run this
-    package's operations as a whole, so hooks on their parts are not called; everything else of the host is left alone.
-    Accelerate before ``torch.compile``.
+    checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of the layers of Boltz and OpenFold's
+    triangle multiplications run this package's operations as a whole, so hooks on their parts are not called;
+    everything else of the host is left alone. Accelerate before ``torch.compile``.
 
     Parameters
     ----------

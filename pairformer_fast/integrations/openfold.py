@@ -157,7 +157,7 @@ def plan(model: nn.Module) -> Plan:
     targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
     around = {}
     for path, module in model.named_modules():
-        if not isinstance(module, tuple(multiplication.NEW_CLASS)):
+        if not multiplication.is_known(module):
             continue
         if (reason := multiplication.obstacle(module)) is None:
             around[path] = NewClass(module, multiplication.NEW_CLASS[type(module)])

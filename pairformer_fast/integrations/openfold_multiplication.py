@@ -80,7 +80,7 @@ class FastFusedTriangleMultiplication(FastTriangleMultiplication):
         shared = ("layer_norm_in", "layer_norm_out", "linear_g", "linear_z")
         parts = {name: getattr(self, name) for name in shared}
         for kind in "pg":
-            layer = self.get_submodule(f"linear_ab_{kind}")
+            layer = getattr(self, f"linear_ab_{kind}")
             for edge, weight, bias in zip("ab", layer.weight.chunk(2), layer.bias.chunk(2), strict=True):
                 parts[f"linear_{edge}_{kind}"] = SimpleNamespace(weight=weight, bias=bias)
         return TriangleWeights.of(SimpleNamespace(**parts))
@@ -114,6 +114,11 @@ if hasattr(host, "FusedTriangleMultiplicationOutgoing"):
 
     NEW_CLASS[host.FusedTriangleMultiplicationOutgoing] = FastFusedTriangleMultiplicationOutgoing
     NEW_CLASS[host.FusedTriangleMultiplicationIncoming] = FastFusedTriangleMultiplicationIncoming
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether ``module`` is a triangle multiplication of OpenFold, or a subclass."""
+    return isinstance(module, tuple(NEW_CLASS))
 
 
 def obstacle(module: nn.Module) -> str | None:
