@@ -12,32 +12,23 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from openfold3.core.data.resources.residues import STANDARD_PROTEIN_RESIDUES_3, STANDARD_RESIDUES_WITH_GAP_3
-from openfold3.core.data.resources.token_atom_constants import TOKEN_NAME_TO_ATOM_NAMES
 from openfold3.core.loss.loss_module import OpenFold3Loss
 from openfold3.core.model.primitives import initialization
 from openfold3.core.model.structure.diffusion_module import create_noise_schedule
 from openfold3.projects.of3_all_atom.config.model_config import model_config
 from openfold3.projects.of3_all_atom.model import OpenFold3
+from openfold3_features import GAP, PROTEIN_TYPES, Chain, Features, atom_names, chain_features
 from torch import Tensor
 
-SEQUENCES, TEMPLATES = 128, 4
-"""Rows of the MSA, and templates, all empty: OpenFold3 makes that many for a query without any."""
+SEQUENCES = 128
+"""Rows of the MSA."""
 CHANGED, GAPS = 0.5, 0.1
 """Shares of the positions of an aligned sequence that differ from the query, and that are gaps."""
 ZERO_SCALE = 0.5
 """Weights that OpenFold3 initialises as zero are drawn with this part of the usual standard deviation."""
-LOSS_WEIGHTS = {"bond": 0.0, "smooth_lddt": 4.0, "mse": 4.0, "distogram": 0.03} | dict.fromkeys(
-    ("plddt", "pde", "experimentally_resolved", "pae"), 1e-4
-)
-"""Those of OpenFold3's data sets for the first stage of training."""
-RESIDUES = [STANDARD_RESIDUES_WITH_GAP_3.index(name) for name in STANDARD_PROTEIN_RESIDUES_3 if name != "UNK"]
-GAP = STANDARD_RESIDUES_WITH_GAP_3.index("GAP")
-ELEMENTS = {"C": 6, "N": 7, "O": 8, "S": 16}
 C_ALPHA_DISTANCE = 3.8
 """Å."""
 
-Features = dict[str, Any]
 Result = dict[str, Tensor]
 
 
@@ -87,85 +78,19 @@ def _draw(weights: Tensor, scale: float = 1.0, **_: Any) -> None:
 
 
 def features(tokens: int, device: torch.device) -> Features:
-    """Features of a protein chain of random residues, as OpenFold3's pipeline makes them for a query with an MSA.
-
-    Keys, shapes and dtypes are those of a prediction; reference conformers and coordinates are random walks.
-    """
+    """Features of a chain of random residues with an MSA; reference conformers and coordinates are random walks."""
     rng = torch.Generator().manual_seed(1)
-    residues = torch.tensor(RESIDUES)
-    query = residues[torch.randint(len(RESIDUES), (tokens,), generator=rng)]
-    names = [TOKEN_NAME_TO_ATOM_NAMES[STANDARD_RESIDUES_WITH_GAP_3[index]] for index in query.tolist()]
-    counts = torch.tensor([len(atoms) for atoms in names])
-    token_of_atom = torch.repeat_interleave(torch.arange(tokens), counts)
-    atoms, starts = len(token_of_atom), counts.cumsum(0) - counts
-    others = residues[torch.randint(len(RESIDUES), (SEQUENCES, tokens), generator=rng)]
+    types = torch.tensor(PROTEIN_TYPES)
+    query = types[torch.randint(len(types), (tokens,), generator=rng)]
+    others = types[torch.randint(len(types), (SEQUENCES, tokens), generator=rng)]
     drawn = torch.rand(SEQUENCES, tokens, generator=rng)
     drawn[0] = 1.0
     msa = torch.where(drawn < GAPS, GAP, torch.where(drawn < GAPS + CHANGED, others, query))
-    msa_one_hot = _one_hot(msa, len(STANDARD_RESIDUES_WITH_GAP_3))
-    ones, zeros = torch.ones(tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32)
-    conformer = torch.randn(atoms, 3, generator=rng)
-    template = torch.zeros(TEMPLATES, tokens)
-    chain: Features = {
-        "residue_index": torch.arange(1, tokens + 1, dtype=torch.int32),
-        "token_index": torch.arange(tokens, dtype=torch.int32),
-        "mol_sym_token_index": torch.arange(tokens, dtype=torch.int32),
-        "mol_sym_component_id": torch.arange(1, tokens + 1, dtype=torch.int32),
-        **dict.fromkeys(("asym_id", "entity_id", "sym_id", "is_protein"), ones),
-        **dict.fromkeys(("mol_entity_id", "mol_sym_id"), ones),
-        **dict.fromkeys(("is_rna", "is_dna", "is_ligand", "is_atomized"), zeros),
-        "token_bonds": torch.zeros(tokens, tokens, dtype=torch.int32),
-        "token_mask": torch.ones(tokens),
-        "atom_mask": torch.ones(atoms),
-        "start_atom_index": starts.int(),
-        "num_atoms_per_token": counts.int(),
-        "restype": _one_hot(query, len(STANDARD_RESIDUES_WITH_GAP_3)),
-    }
-    batch: Features = chain | {
-        "cyclic_mask": torch.zeros(tokens, dtype=torch.bool),
-        "atom_to_token_index": token_of_atom.int(),
-        "ref_pos": conformer,
-        "ref_mask": torch.ones(atoms, dtype=torch.int32),
-        "ref_element": _one_hot(torch.tensor([ELEMENTS[atom[0]] - 1 for one in names for atom in one]), 119),
-        "ref_charge": torch.zeros(atoms),
-        "ref_atom_name_chars": _one_hot(torch.tensor([_characters(atom) for one in names for atom in one]), 64),
-        "ref_space_uid": token_of_atom.int(),
-        "msa": msa_one_hot,
-        "msa_mask": torch.ones(SEQUENCES, tokens),
-        "has_deletion": torch.zeros(SEQUENCES, tokens),
-        "deletion_value": torch.zeros(SEQUENCES, tokens),
-        "profile": msa_one_hot.float().mean(0),
-        "deletion_mean": torch.zeros(tokens),
-        "num_paired_seqs": torch.tensor(1, dtype=torch.int32),
-        "template_restype": _one_hot(torch.full((TEMPLATES, tokens), GAP), len(STANDARD_RESIDUES_WITH_GAP_3)),
-        "template_pseudo_beta_mask": template,
-        "template_backbone_frame_mask": template,
-        "template_distogram": torch.zeros(TEMPLATES, tokens, tokens, 39),
-        "template_unit_vector": torch.zeros(TEMPLATES, tokens, tokens, 3),
-    }
+    counts = torch.tensor([len(names) for names in atom_names(query)])
+    conformers = torch.randn(int(counts.sum()), 3, generator=rng)
     steps = torch.nn.functional.normalize(torch.randn(tokens, 3, generator=rng), dim=-1)
-    walk = (C_ALPHA_DISTANCE * steps).cumsum(0)
-    resolved = {"atom_positions": walk[token_of_atom] + conformer, "atom_resolved_mask": torch.ones(atoms)}
-    batch["ground_truth"] = chain | resolved
-    batch["loss_weights"] = {name: torch.tensor(value) for name, value in LOSS_WEIGHTS.items()}
-    batch = _on(batch, device)
-    permutations = {uid: torch.arange(count, device=device)[None] for uid, count in enumerate(counts.tolist())}
-    return batch | {"ref_space_uid_to_perm": [permutations]}
-
-
-def _one_hot(indices: Tensor, classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(indices, classes).int()
-
-
-def _characters(atom: str) -> list[int]:
-    return [ord(character) - 32 for character in atom.ljust(4)]
-
-
-def _on(given: Any, device: torch.device) -> Any:
-    """The same with a batch of one."""
-    if isinstance(given, dict):
-        return {name: _on(value, device) for name, value in given.items()}
-    return given[None].to(device)
+    positions = (C_ALPHA_DISTANCE * steps).cumsum(0).repeat_interleave(counts, 0) + conformers
+    return chain_features(Chain(query, msa, conformers, positions, torch.ones(len(positions))), device)
 
 
 class Problem:

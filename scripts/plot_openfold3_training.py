@@ -1,0 +1,67 @@
+"""Draw the loss curves of scripts/train_openfold3_tiny.py; needs matplotlib (extra ``plot``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "openfold3_training", "font.size": 9})
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
+SMOOTHED = 20
+"""Steps of the running mean."""
+STYLES = (
+    {"color": "tab:grey", "lw": 4},
+    {"color": "tab:blue", "lw": 1.5},
+    {"color": "tab:orange", "lw": 1.5, "ls": "--"},
+)
+
+
+def main() -> None:
+    """Read the losses, write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--losses", type=Path, default=RESULTS / "openfold3_training.json", help="File to draw.")
+    parser.add_argument("--output", type=Path, default=RESULTS / "openfold3_training.svg", help="File to write.")
+    options = parser.parse_args()
+    try:
+        document = json.loads(options.losses.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        parser.error(f"{options.losses} does not exist; write it with: python scripts/train_openfold3_tiny.py")
+    draw(document["losses"]).savefig(options.output, metadata={"Date": None})
+    print(f"wrote {options.output}")
+
+
+def draw(losses: dict[str, list[float]]) -> plt.Figure:
+    """Running means of the losses, and how far each run is from the first."""
+    figure, (curves, apart) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    first, *_ = losses.values()
+    window = min(SMOOTHED, len(first))
+    for (name, values), style in zip(losses.items(), STYLES, strict=True):
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        curves.plot(np.arange(len(smooth)) + window, smooth, label=name, **style)
+        if values is not first:
+            apart.semilogy(np.arange(len(first)) + 1, relative(values, first), label=name, **(style | {"lw": 1}))
+    curves.set(title=f"loss, mean of {window} steps", xlabel="step")
+    apart.set(title="relative difference of the loss from OpenFold3's (gaps: none)", xlabel="step")
+    for axis in (curves, apart):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def relative(found: list[float], expected: list[float]) -> Any:
+    """Relative difference of each step; NaN, which is not drawn, where there is none."""
+    difference = np.abs(np.array(found) - expected) / np.abs(expected)
+    return np.where(difference > 0, difference, np.nan)
+
+
+if __name__ == "__main__":
+    main()
