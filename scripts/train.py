@@ -29,11 +29,15 @@ def main(
         typer.Option(help="dense, or learned: factor networks train with the model; the preset's if omitted."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of learned factors.")] = None,
+    table: Annotated[
+        int | None,
+        typer.Option(help="Largest relative position in a table beside learned factors; no table if omitted."),
+    ] = None,
 ) -> None:
     """Train until the last step of the preset."""
     try:
         preset = TrainConfig.from_yaml(config)
-        given = {name: value for name, value in (("bias", bias), ("rank", rank)) if value is not None}
+        given = {name: value for name, value in (("bias", bias), ("rank", rank), ("table", table)) if value is not None}
         kept = {"backend"} if bias == BiasMethod.DENSE else None
         attention = TrainAttention.model_validate(preset.attention.model_dump(include=kept, exclude_unset=True) | given)
         done = train(preset.model_copy(update={"attention": attention}), data, output, minutes, start)

@@ -119,10 +119,11 @@ def test_script_switches_between_dense_bias_and_learned_factors(script, monkeypa
     def run(*options: str):
         return CliRunner().invoke(app, ["--config", str(preset), *options])
 
-    for options in ((), ("--rank", "8"), ("--bias", "dense")):
+    for options in ((), ("--rank", "8"), ("--table", "4"), ("--bias", "dense")):
         assert run(*options).exit_code == 0
     learned = TrainAttention(bias="learned", rank=16)
-    assert asked == [learned, learned.model_copy(update={"rank": 8}), TrainAttention()]
+    changed = [learned.model_copy(update=update) for update in ({"rank": 8}, {"table": 4})]
+    assert asked == [learned, *changed, TrainAttention()]
     refused = run("--bias", "dense", "--rank", "8")
     assert (refused.exit_code, "rank is for factor networks" in refused.output) == (2, True)
     assert run("--bias", "svd").exit_code == 2

@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pairformer_fast.config import ModelConfig, PairformerConfig, StructureModuleConfig
+from pairformer_fast.bias import set_attention
+from pairformer_fast.config import (
+    AttentionConfig,
+    Backend,
+    BiasMethod,
+    ModelConfig,
+    PairformerConfig,
+    StructureModuleConfig,
+)
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.checkpoint import checkpoint_metadata, load_checkpoint
 from pairformer_fast.model.folding import FoldingModel
@@ -207,10 +215,19 @@ def eager(model: FoldingModel, batch: Batch, recycles: int, weights: Tensor) -> 
     return losses
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_gradient_steps_are_those_of_eager_pytorch(data: Path, device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", Backend.REFERENCE),
+        pytest.param("cuda", Backend.REFERENCE, marks=pytest.mark.gpu),
+        pytest.param("cuda", Backend.AUTO, marks=pytest.mark.gpu),
+    ],
+)
+def test_gradient_steps_are_those_of_eager_pytorch(data: Path, device: str, backend: Backend) -> None:
     """On CUDA the first call for a shape and number of recycles captures a graph and later ones replay it."""
     stepped, plain = noisy_model(device), noisy_model(device)
+    for model in (stepped, plain):
+        set_attention(model, AttentionConfig(backend=backend, bias=BiasMethod.DENSE))
     step = GradientStep(stepped)
     # Backward passes with atomic additions are not deterministic on a GPU, and bf16 magnifies that.
     tolerance = 1e-5 if device == "cpu" else 2e-2
