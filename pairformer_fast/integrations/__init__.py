@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 
+from pairformer_fast.bias import FactorNetworks
 from pairformer_fast.config import AttentionConfig
-from pairformer_fast.integrations.acceleration import Acceleration, Skipped
+from pairformer_fast.integrations.acceleration import Acceleration, Plan, Skipped
+from pairformer_fast.model.factors import HIDDEN
 
-__all__ = ["Acceleration", "Skipped", "accelerate"]
+__all__ = ["Acceleration", "Skipped", "accelerate", "factor_networks"]
 
 _HOSTS = {"openfold3": "openfold3", "openfold": "openfold", "boltz": "boltz"}
 """Top-level package of a host's modules, and the module here that knows it."""
 
 
-def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Acceleration:
+def accelerate(
+    model: nn.Module, config: AttentionConfig | None = None, factors: FactorNetworks | str | Path | None = None
+) -> Acceleration:
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
@@ -31,8 +36,13 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
         model.
     config : AttentionConfig, optional
         How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. A
-        decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, or ``"auto"`` on
-        a GPU.
+        decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, ``"learned"``,
+        or ``"auto"`` on a GPU.
+    factors : FactorNetworks or path, optional
+        For ``AttentionConfig(bias="learned")``: networks of :func:`factor_networks`, or the side file that they were
+        saved to. Those of a file are frozen and on the device of the model, others are taken as they are, to be
+        trained. They are for the triangle and the single attention of OpenFold3's Pairformer and MSA stacks; other
+        attention keeps its dense bias. They never become part of the model.
 
     Returns
     -------
@@ -41,8 +51,11 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
 
     Raises
     ------
+    FileNotFoundError, FactorsError
+        If factor networks are missing or do not fit the model.
     ValueError
-        If the model holds nothing that can be accelerated; it is then as it was.
+        If the model holds nothing that can be accelerated, or learned factors are wanted without networks. The model is
+        as it was after any error.
 
     Examples
     --------
@@ -51,10 +64,35 @@ def accelerate(model: nn.Module, config: AttentionConfig | None = None) -> Accel
     >>> acceleration.restore()  # doctest: +SKIP
     """
     config = AttentionConfig() if config is None else config
+    if isinstance(factors, (str, Path)):
+        factors = FactorNetworks.load(factors).requires_grad_(False).eval().to(next(model.parameters()).device)
+    return Acceleration(_plan(model), config, factors)
+
+
+def factor_networks(model: nn.Module, rank: int, *, hidden: int = HIDDEN) -> FactorNetworks:
+    """Fresh networks for the attention of a model of OpenFold3 that can take learned factors, on the CPU.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As for :func:`accelerate`, and not accelerated.
+    rank : int
+        Of all factors.
+    hidden : int
+        Width of the hidden layers.
+
+    Raises
+    ------
+    FactorsError, ValueError
+        If the model has no such attention.
+    """
+    return _plan(model).factor_networks(rank, hidden)
+
+
+def _plan(model: nn.Module) -> Plan:
     hosts = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
     for host in _HOSTS.keys() & hosts:
-        plan = import_module(f"{__name__}.{_HOSTS[host]}").plan(model)
-        return Acceleration(plan, config)
+        return import_module(f"{__name__}.{_HOSTS[host]}").plan(model)
     raise ValueError(
         f"{type(model).__name__} has no module of a package that can be accelerated ({', '.join(_HOSTS)}); give the "
         "built model or a part of it, such as a Pairformer block"

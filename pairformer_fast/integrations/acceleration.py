@@ -9,8 +9,17 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from pairformer_fast.bias import Configured, PairBiasAttention
-from pairformer_fast.config import AttentionConfig
+from pairformer_fast.bias import (
+    Configured,
+    FactorNetworks,
+    FactorsError,
+    MissingFactorNetworksError,
+    NetworkShape,
+    PairBiasAttention,
+)
+from pairformer_fast.bias.attention import Attached
+from pairformer_fast.config import AttentionConfig, BiasMethod
+from pairformer_fast.model.factors import HIDDEN, core_path
 
 CORE = "core"
 """Name of the :class:`~pairformer_fast.bias.PairBiasAttention` within the module that takes q, k and v to it."""
@@ -72,11 +81,39 @@ class Plan:
         What looks like it.
     around : mapping of str to NewClass
         Modules that hold attention or stand beside it and change with it, by their paths.
+    learnable : mapping of str to tuple of int
+        Features of a token and heads of the attention that factor networks can be for, by the path of its core.
     """
 
     targets: Sequence[Target]
     skipped: Sequence[Skipped]
     around: Mapping[str, NewClass] = field(default_factory=dict)
+    learnable: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def factor_networks(self, rank: int, hidden: int = HIDDEN) -> FactorNetworks:
+        """Fresh networks for all attention that can have one, on the CPU.
+
+        Raises
+        ------
+        FactorsError
+            If there is no such attention.
+        """
+        if not self.learnable:
+            raise FactorsError("no attention here can take learned factors: they are for pair blocks of OpenFold3")
+        sizes = self.learnable.items()
+        shapes = {path: {"channels": channels, "heads": heads} for path, (channels, heads) in sizes}
+        return FactorNetworks({path: NetworkShape(**s, rank=rank, hidden=hidden) for path, s in shapes.items()})
+
+    def check(self, networks: FactorNetworks) -> None:
+        """Raise FactorsError unless there is a network of the right size for all attention that can have one."""
+        given = {path: (shape.channels, shape.heads) for path, shape in networks.shapes.items()}
+        wrong = sorted(p for p in given.keys() | self.learnable.keys() if given.get(p) != self.learnable.get(p))
+        if wrong:
+            first = wrong[0]
+            raise FactorsError(
+                f"the factor networks do not fit the model at {len(wrong)} attentions; {first} has (features, heads) "
+                f"{self.learnable.get(first, 'none')} in the model and {given.get(first, 'none')} in the networks"
+            )
 
 
 def sort_out(
@@ -135,7 +172,11 @@ class Acceleration:
         What looks like one of them and still runs the host's code.
     """
 
-    def __init__(self, plan: Plan, config: AttentionConfig) -> None:
+    def __init__(self, plan: Plan, config: AttentionConfig, networks: FactorNetworks | None = None) -> None:
+        if networks is not None:
+            plan.check(networks)
+        self._networks = networks
+        self._check(config)
         self.swapped = tuple(target.path for target in plan.targets)
         self.around = tuple(plan.around)
         self.skipped = tuple(plan.skipped)
@@ -145,23 +186,41 @@ class Acceleration:
         self._holders = [target.holder for target in plan.targets]
         for target in plan.targets:
             core = PairBiasAttention().train(target.holder.training)
-            core.config = config
+            if networks is not None and core_path(target.path) in plan.learnable:
+                core.attached = Attached(networks[core_path(target.path)])
             target.holder.add_module(CORE, core)
             self._cores[target.path] = core
         for module, cls in changes:
             module.__class__ = cls
         self._parts = [module for module, _ in changes if isinstance(module, Configured)]
-        for part in self._parts:
-            part.config = config
+        self.configure(config)
 
     def __repr__(self) -> str:
         return f"Acceleration({len(self.swapped)} swapped, {len(self.skipped)} skipped)"
 
     def configure(self, config: AttentionConfig) -> None:
-        """Compute as ``config`` says from now on, and forget the reports."""
-        for part in (*self._cores.values(), *self._parts):
+        """Compute as ``config`` says from now on, and forget the reports.
+
+        With learned factors, attention that has no network keeps its dense bias.
+
+        Raises
+        ------
+        MissingFactorNetworksError
+            A ValueError: the bias is to be learned, and there are no networks.
+        """
+        self._check(config)
+        dense = config.model_copy(update={"bias": BiasMethod.DENSE, "rank": None})
+        for core in self._cores.values():
+            core.config = dense if config.bias is BiasMethod.LEARNED and core.attached is None else config
+        for part in self._parts:
             part.config = config
         self.reset()
+
+    def _check(self, config: AttentionConfig) -> None:
+        if config.bias is BiasMethod.LEARNED and self._networks is None:
+            raise MissingFactorNetworksError(
+                "bias 'learned' needs factor networks: accelerate(model, config, factors=...) takes them or their file"
+            )
 
     def reports(self) -> list[dict[str, Any]]:
         """What became of the bias in each call in evaluation mode since the last :meth:`reset`, JSON-ready.

@@ -14,7 +14,7 @@ and kernels do not reach attention, which never holds a table of all its weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ from pairformer_fast.integrations.openfold3_sampling import around_sampler
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.attention import TriangleUpdate
+from pairformer_fast.model.factors import core_path
 from pairformer_fast.model.primitives import SharedDropout, transform
+from pairformer_fast.model.tokens import token_means
 from pairformer_fast.model.triangle_multiplication import multiply_triangles
 
 
@@ -77,6 +79,23 @@ class FastAttention(Attention):
         out = _attend(self.core, q.to(dtype), k.to(dtype), v.to(dtype), pair_bias.to(dtype), mask_bias)
         return self._wrap_up(out.to(q.dtype), q_x)
 
+    def with_factors(self, x: Tensor, tokens: Tensor, keep: Tensor, high_precision: bool) -> Tensor:
+        """The same of ``x [B, N, C]`` where factors are learned.
+
+        Parameters
+        ----------
+        x : Tensor
+            Normalised.
+        tokens, keep : Tensor
+            What the network reads, see :meth:`PairBiasAttention.factors`.
+        high_precision : bool
+            As above.
+        """
+        q, k, v = (x.transpose(-2, -3) for x in self._prep_qkv(x, x, apply_scale=False))
+        wide = torch.promote_types(q.dtype, torch.float32) if high_precision else q.dtype
+        out = self.core(q.to(wide), k.to(wide), v.to(wide), self.core.factors(tokens, keep, q.to(wide)), keep)
+        return self._wrap_up(out.to(q.dtype), x)
+
 
 class FastTriangleAttention(TriangleAttention):
     """Triangle attention that is not cut into chunks of rows: one factorisation serves all of them."""
@@ -91,6 +110,27 @@ class FastTriangleAttentionEndingNode(FastTriangleAttention, TriangleAttentionEn
 
 class FastAttentionPairBias(AttentionPairBias):
     """Attention whose pair bias is normalised, projected and laid out in one pass over the pair representation."""
+
+    def forward(
+        self,
+        a: Tensor,
+        z: Tensor,
+        mask: Tensor | None = None,
+        use_high_precision_attention: bool = False,
+        **kernel_flags: Any,
+    ) -> Tensor:
+        """Update of ``a [*, N, C]``; arguments as in the base class."""
+        if not self.mha.core.learned:
+            return super().forward(
+                a, z, mask, use_high_precision_attention=use_high_precision_attention, **kernel_flags
+            )
+        shape = a.shape
+        keep = torch.ones_like(a[..., 0], dtype=torch.bool) if mask is None else (mask != 0).expand(shape[:-1])
+        a, keep = self.layer_norm_a(a).reshape(-1, *shape[-2:]), keep.reshape(-1, shape[-2])
+        z = z.expand(*shape[:-2], *z.shape[-3:]).reshape(-1, *z.shape[-3:])
+        means = token_means(z, NormParameters.of(self.layer_norm_z), keep, self.mha.core.config.backend)
+        tokens = torch.cat([means, a.to(means.dtype)], dim=-1)
+        return self.mha.with_factors(a, tokens, keep, use_high_precision_attention).view(shape)
 
     def _prep_bias(self, a: Tensor, z: Tensor, mask: Tensor | None) -> list[Tensor]:
         mask = a.new_ones(a.shape[:-1]) if mask is None else mask.expand(a.shape[:-1])
@@ -158,7 +198,19 @@ def plan(model: nn.Module) -> Plan:
             around |= around_sampler(module, paths, swapped)
         elif type(module) is PairBlock and _whole(module, path, swapped):
             around[path] = NewClass(module, FastPairBlock)
-    return Plan(targets, skipped, around)
+    learnable = dict(_learnable(targets, {path for path, change in around.items() if change.cls is FastPairBlock}))
+    return Plan(targets, skipped, around, learnable)
+
+
+def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Features of a token and heads of triangle attention in whole pair ``blocks`` and of single attention, by core."""
+    for path, classes, holder in targets:
+        module: Any = classes[0].module
+        mha: Any = holder
+        if path.rpartition(".")[0] in blocks and classes[0].cls is FastTriangleAttention:
+            yield core_path(path), (2 * module.linear_z.in_features, mha.no_heads)
+        elif classes[0].cls is FastAttentionPairBias:
+            yield core_path(path), (2 * module.linear_z.in_features + mha.linear_q.in_features, mha.no_heads)
 
 
 def _whole(block: PairBlock, path: str, swapped: set[str]) -> bool:

@@ -5,6 +5,10 @@ In the runner YAML of OpenFold3, ``train`` and ``eval`` under ``model_update: cu
 :class:`~pairformer_fast.config.AttentionConfig` (``bias``, ``rank``, ``tolerance``, ...). Training keeps the bias dense
 unless told otherwise.
 
+With ``bias: learned`` for both, factor networks are trained with the model, of ``rank`` or from the side file that
+``factors`` names; such files are written beside the checkpoints, and ``factors`` under ``eval`` is what prediction
+takes (:mod:`~pairformer_fast.integrations.openfold3_learned`).
+
 Checkpoints are OpenFold3's own: they name no class of this package and load without it.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from openfold3.core.runners.writer import OF3OutputWriter
@@ -21,14 +26,16 @@ from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.run_openfold import cli
 from pydantic import ValidationError
 
+from pairformer_fast.bias import FactorNetworks, FactorsError
 from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.acceleration import Acceleration
 from pairformer_fast.integrations.openfold3 import plan
+from pairformer_fast.integrations.openfold3_learned import add_networks, trained_networks
 
 logger = logging.getLogger(__name__)
 
-FLAG, OPTIONS = "use_flashbias", "flashbias"
+FLAG, OPTIONS, FACTORS = "use_flashbias", "flashbias", "factors"
 DEFAULTS = {"train": AttentionConfig(bias=BiasMethod.DENSE), "eval": AttentionConfig()}
 
 
@@ -64,6 +71,7 @@ def flashbias_flag() -> Iterator[None]:
     def construct_with_flag(self: Any, config: Any) -> None:
         attention = Switch(config.settings.memory)
         construct(self, config)
+        attention.add_networks(self)
         self._flashbias = attention
 
     def forward_with_flag(self: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,11 +84,12 @@ def flashbias_flag() -> Iterator[None]:
     with model_config.unlocked():
         for mode, default in DEFAULTS.items():
             memory[mode][FLAG] = False
-            memory[mode][OPTIONS] = default.model_dump(mode="json")
+            memory[mode][OPTIONS] = default.model_dump(mode="json") | {FACTORS: None}
     # The class itself stays: its name is in the checkpoints.
     OpenFold3.__init__, OpenFold3.forward = construct_with_flag, forward_with_flag
     try:
-        yield
+        with trained_networks():
+            yield
     finally:
         OpenFold3.__init__, OpenFold3.forward = construct, forward
         with model_config.unlocked():
@@ -103,9 +112,50 @@ class Switch:
     """
 
     def __init__(self, memory: Any) -> None:
-        self._wanted = {mode: _attention_config(memory, mode) for mode in DEFAULTS}
+        read = {mode: _attention_config(memory, mode) for mode in DEFAULTS}
+        self._wanted = {mode: config for mode, (config, _) in read.items()}
+        self._files = {mode: file for mode, (_, file) in read.items()}
+        self._networks: FactorNetworks | None = None
         self._mode: str | None = None
         self._acceleration: Acceleration | None = None
+        if self._learned("train") and not self._learned("eval"):
+            raise InputError(
+                f"settings.memory.train.{OPTIONS} of the runner YAML: a model that is trained with bias 'learned' has "
+                f"no dense bias; set {FLAG} and the same bias under eval"
+            )
+
+    def _learned(self, mode: str) -> bool:
+        config = self._wanted[mode]
+        return config is not None and config.bias is BiasMethod.LEARNED
+
+    def add_networks(self, model: Any) -> None:
+        """Give a model the factor networks that its settings ask for, if they do.
+
+        Raises
+        ------
+        InputError
+            If their side file cannot be used, or there is neither a file nor a rank.
+        """
+        if not self._learned("eval"):
+            return
+        mode = "train" if self._learned("train") else "eval"
+        config, file = self._wanted[mode], self._files[mode]
+        assert config is not None
+        where = f"settings.memory.{mode}.{OPTIONS} of the runner YAML"
+        wanted = plan(model)
+        try:
+            if file is not None:
+                self._networks = FactorNetworks.load(file)
+                wanted.check(self._networks)
+            elif mode == "train" and config.rank is not None:
+                self._networks = wanted.factor_networks(config.rank)
+                logger.info("flashbias: fresh factor networks of rank %d", config.rank)
+        except (FactorsError, FileNotFoundError) as error:
+            raise InputError(f"{where}: {error}") from error
+        if self._networks is None:
+            missing = "rank, of fresh networks, or " if mode == "train" else ""
+            raise InputError(f"{where}: bias 'learned' needs {missing}{FACTORS}, the file of networks")
+        add_networks(model, self._networks.requires_grad_(mode == "train"))
 
     def set(self, model: Any) -> None:
         """Make the attention of ``model`` what its mode asks for.
@@ -120,7 +170,8 @@ class Switch:
         if self._acceleration is not None:
             self._acceleration.restore()
         config = self._wanted[mode]
-        self._acceleration = None if config is None else Acceleration(plan(model), config)
+        networks = self._networks if self._learned(mode) else None
+        self._acceleration = None if config is None else Acceleration(plan(model), config, networks)
         self._mode = mode
 
     def reports(self) -> list[dict[str, Any]]:
@@ -138,14 +189,21 @@ class Switch:
             logger.info("flashbias: factors in %d of %d calls of attention%s", len(chosen), len(reports), mean)
 
 
-def _attention_config(memory: Any, mode: str) -> AttentionConfig | None:
+def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, Path | None]:
+    """What attention is to be, None for the host's own, and the side file that is named."""
     if not memory[mode][FLAG]:
-        return None
+        return None, None
+    options = memory[mode][OPTIONS].to_dict()
+    file = options.pop(FACTORS, None)
+    where = f"settings.memory.{mode}.{OPTIONS} of the runner YAML"
     try:
-        return AttentionConfig.model_validate(memory[mode][OPTIONS].to_dict())
+        config = AttentionConfig.model_validate(options)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
-        raise InputError(f"settings.memory.{mode}.{OPTIONS} of the runner YAML: {wrong}") from None
+        raise InputError(f"{where}: {wrong}") from None
+    if file is not None and config.bias is not BiasMethod.LEARNED:
+        raise InputError(f"{where}: {FACTORS} is for bias 'learned', not '{config.bias}'")
+    return config, None if file is None else Path(file)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
 from openfold3.tests.utils.data_utils import random_of3_features
 
+from pairformer_fast.integrations import factor_networks
 from pairformer_fast.integrations.openfold3_run import Switch, flashbias_flag
 
 SMALL = {
@@ -280,6 +281,19 @@ def test_prediction_with_the_flag_off_and_on(predict):
     assert truncated.read_bytes() != expected.read_bytes(), "the flag must reach attention"
     assert OpenFold3.__init__.__qualname__ == "OpenFold3.__init__"
     assert type(OpenFold3.forward).__name__ == "function"
+
+
+def test_prediction_with_learned_factors(predict, tmp_path):
+    found = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        file = tmp_path / f"{seed}.factors.safetensors"
+        factor_networks(OpenFold3(configuration("predict")), 4).save(file)
+        learned = {"bias": "learned", "factors": str(file)}
+        status, structure, _ = predict(f"seed{seed}", use_flashbias=True, flashbias=learned)
+        assert status == 0
+        found[seed] = structure.read_bytes()
+    assert found[0] != found[1], "the networks must reach attention"
 
 
 def test_wrong_settings_are_one_line(predict):

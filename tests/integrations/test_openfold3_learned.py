@@ -1,0 +1,204 @@
+"""OpenFold3 with learned factors in place of dense biases: the networks learn, and live beside its weights."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pairformer_fast import AttentionConfig, accelerate
+from pairformer_fast.bias import FactorNetworks, FactorsError, attach_factors, set_attention
+from pairformer_fast.bias.learned import side_file
+from pairformer_fast.config import PairformerConfig
+from pairformer_fast.inference.errors import InputError
+from pairformer_fast.integrations import factor_networks
+from pairformer_fast.model.pairformer import PairformerBlock
+
+pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
+
+import pytorch_lightning as pl
+from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer
+from openfold3.core.model.layers.triangular_attention import TriangleAttention
+from openfold3.projects.of3_all_atom.model import OpenFold3
+from openfold3.projects.of3_all_atom.project_entry import OF3ProjectEntry
+
+from pairformer_fast.integrations.openfold3_learned import ENTRY, FactorTraining
+from pairformer_fast.integrations.openfold3_run import flashbias_flag
+from tests.integrations.test_openfold3 import BLOCK, block, distance, inputs, outputs, stack
+from tests.integrations.test_openfold3_run import Batches, configuration, fill_zeros
+
+LEARNED = AttentionConfig(bias="learned")
+PATHS = [f"{name}.mha.core" for name in ("pair_stack.tri_att_start", "pair_stack.tri_att_end", "attn_pair_bias")]
+FLAGS = {"use_flashbias": True, "flashbias": {"bias": "learned", "rank": 3}}
+
+
+def networks_for(model: nn.Module, rank: int = 5) -> FactorNetworks:
+    torch.manual_seed(0)
+    return factor_networks(model, rank, hidden=16)
+
+
+def test_a_block_computes_what_our_own_block_does_with_the_same_networks():
+    model, batch = block(), inputs(17)
+    networks = networks_for(model)
+    assert list(networks) == PATHS
+    names = ("c_s", "c_z", "c_hidden_mul", "c_hidden_pair_att", "no_heads_pair", "transition_n", "pair_dropout")
+    own = {name: BLOCK[name] for name in (*names, "c_hidden_pair_bias", "no_heads_pair_bias")}
+    ours = PairformerBlock(PairformerConfig(**own, no_blocks=1)).eval()
+    ours.load_state_dict(model.state_dict())
+    attach_factors(ours, networks)
+    set_attention(ours, LEARNED)
+    keep = batch["single_mask"] > 0, batch["pair_mask"] > 0
+    with torch.no_grad():
+        dense = outputs(model, batch)
+        expected = [x[k] for x, k in zip(ours(batch["s"], batch["z"], *keep), keep, strict=True)]
+        with accelerate(model, LEARNED, networks) as acceleration:
+            found = outputs(model, batch)
+            flagged = outputs(model, batch, use_triton_triangle_kernels=True)
+            reports = acceleration.reports()
+    for a, b, c, d in zip(found, expected, dense, flagged, strict=True):
+        assert distance(a, b) < 1e-5
+        assert distance(a, c) > 1e-3
+        assert distance(a, d) < 1e-6
+    assert {(report["choice"], *report["rank"]) for report in reports} == {("factors", 5, 5), ("factors", 5, 5, 5, 5)}
+
+
+@pytest.mark.parametrize("blocks_per_ckpt", [None, 1])
+def test_gradients_reach_the_networks(blocks_per_ckpt):
+    model, batch = stack(blocks_per_ckpt=blocks_per_ckpt, use_reentrant=False).train(), inputs(17)
+    keys = list(model.state_dict())
+    networks = networks_for(model)
+    with accelerate(model, LEARNED, networks):
+        assert list(model.state_dict()) == keys
+        s, z = model(**batch)
+        (s[batch["single_mask"] > 0].sin().sum() + z[batch["pair_mask"] > 0].sin().sum()).backward()
+    for name, parameter in networks.named_parameters():
+        # A constant in all factors of the keys is one per query, which softmax ignores.
+        assert parameter.grad.any() or "phi_k.4.bias" in name, name
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert [name.rpartition(".")[0].rpartition(".")[2] for name in without] == ["linear_z"] * 6
+
+
+def test_a_side_file_gives_the_networks_back(tmp_path):
+    model, batch = block(), inputs(17)
+    networks = networks_for(model)
+    file = tmp_path / "model.factors.safetensors"
+    networks.save(file)
+    with torch.no_grad():
+        with accelerate(model, LEARNED, networks):
+            expected = outputs(model, batch)
+        with accelerate(model, LEARNED, file) as acceleration:
+            found = outputs(model, batch)
+            acceleration.configure(AttentionConfig(bias="dense"))
+            dense = outputs(model, batch)
+        plain = outputs(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(distance(a, b) < 1e-5 for a, b in zip(dense, plain, strict=True))
+
+
+def test_networks_that_are_missing_or_of_another_model_are_refused(tmp_path):
+    model = block()
+    with pytest.raises(ValueError, match="factors="):
+        accelerate(model, LEARNED)
+    with pytest.raises(FactorsError, match="do not fit the model at 9 attentions"):
+        accelerate(model, LEARNED, networks_for(stack()))
+    with pytest.raises(FileNotFoundError):
+        accelerate(model, LEARNED, tmp_path / "none.factors.safetensors")
+    assert type(model.pair_stack.tri_att_start) is TriangleAttention
+    with accelerate(model, AttentionConfig(bias="dense")) as dense, pytest.raises(ValueError, match="factors="):
+        dense.configure(LEARNED)
+    dims = {"c_a": 24, "c_s": 8, "c_z": 8, "c_hidden": 8, "no_heads": 3, "no_blocks": 1, "n_transition": 2}
+    with pytest.raises(FactorsError, match="no attention"):
+        factor_networks(DiffusionTransformer(**dims, n_query=None, n_key=None, inf=1e9), 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"train": FLAGS}, "under eval"),
+        ({"eval": FLAGS}, "needs factors, the file"),
+        ({"train": {**FLAGS, "flashbias": {"bias": "learned"}}, "eval": FLAGS}, "needs rank, of fresh networks, or"),
+        ({"eval": {**FLAGS, "flashbias": {"bias": "learned", "factors": "none.safetensors"}}}, "none.safetensors"),
+        ({"eval": {**FLAGS, "flashbias": {"bias": "svd", "factors": "none.safetensors"}}}, "not 'svd'"),
+    ],
+)
+def test_settings_that_cannot_work_say_what_to_change(flags, message):
+    with flashbias_flag(), pytest.raises(InputError, match=message):
+        OpenFold3(configuration("predict", **flags))
+
+
+def fit(folder: Path, checkpoint: Path | None = None) -> tuple[pl.LightningModule, FactorTraining]:
+    """Runner and callback after two steps of an epoch, with one checkpoint in the folder."""
+    pl.seed_everything(7)
+    config = configuration("train", train=FLAGS, eval=FLAGS)
+    with config.unlocked():
+        config.settings.lr_scheduler.base_lr, config.settings.ema.decay = 1e-3, 0.9
+    runner = OF3ProjectEntry().runner(config)
+    fill_zeros(runner.model.state_dict())
+    runner.on_train_epoch_start = runner.on_train_epoch_end = lambda: None  # these read a sampler of OpenFold3's
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2 if checkpoint is None else 4, enable_checkpointing=False, **quiet
+    )
+    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None), ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, FactorTraining))
+    return runner, callback
+
+
+def test_training_writes_side_files_and_goes_on_from_a_checkpoint(tmp_path):
+    plain = OpenFold3(configuration("train"))
+    with flashbias_flag():
+        runner, _ = fit(tmp_path)
+        (tmp_path / "more").mkdir()
+        checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        trained = {name: value.clone() for name, value in runner.model._flashbias._networks.state_dict().items()}
+        resumed, _ = fit(tmp_path / "more", tmp_path / "last.ckpt")
+    assert b"pairformer_fast" not in (tmp_path / "last.ckpt").read_bytes()
+    assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == set(plain.state_dict())
+    assert set(checkpoint["ema"]["params"]) == set(plain.state_dict())
+    plain.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+
+    averages = FactorNetworks.load(side_file(tmp_path / "last.ckpt"))
+    assert all(path.startswith(("msa_module", "pairformer_stack", "aux_heads")) for path in averages)
+    assert len(averages) == 10
+    weights, moments = checkpoint[ENTRY]["weights"], checkpoint["optimizer_states"][0]["state"]
+    assert_other(averages.state_dict(), weights)
+    assert_other(resumed.model._flashbias._networks.state_dict(), weights)
+    assert all(torch.equal(weights[name], value) for name, value in trained.items())
+    sizes = [value["exp_avg"].shape for value in moments.values() if value["exp_avg"].any()]
+    assert sum(size == torch.Size([128, 128]) for size in sizes) >= 2 * len(averages), "hidden layers were optimised"
+    assert resumed.trainer.global_step == 4
+
+
+def assert_other(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """All weights have moved; offsets of keys get gradients of rounding alone."""
+    assert found.keys() == weights.keys()
+    same = [name for name, value in found.items() if torch.equal(value, weights[name]) and name.endswith("weight")]
+    assert not same
+
+
+def test_validation_sees_averages_and_training_goes_on_with_the_weights():
+    networks = networks_for(block())
+    training = FactorTraining(networks, decay=0.5)
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=1,
+        is_last_batch=False,
+        save_checkpoint=None,
+        strategy=SimpleNamespace(remove_checkpoint=None),
+    )
+    training.on_fit_start(trainer, None)
+    before = copy.deepcopy(networks.state_dict())
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter += 1
+    training.on_train_batch_end(trainer, None, None, None, 0)
+    training.on_validation_epoch_start(trainer, None)
+    assert all(torch.allclose(value, before[name] + 0.5) for name, value in networks.state_dict().items())
+    training.on_validation_epoch_end(trainer, None)
+    assert all(torch.allclose(value, before[name] + 1) for name, value in networks.state_dict().items())
+    saved: dict = {}
+    training.on_save_checkpoint(trainer, None, saved)
+    with pytest.raises(FactorsError, match="others"):
+        FactorTraining(networks_for(block(), rank=2), 0.5).on_load_checkpoint(trainer, None, saved)
