@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -174,17 +175,34 @@ class Batches(torch.utils.data.Dataset):
         return features() | {"pdb_id": ["xxxx"], "preferred_chain_or_interface": ["A"]}
 
 
-def fit(folder: Path, weights: dict[str, torch.Tensor], **flags) -> tuple[ModelRunner, list[float], int]:
-    """Runner after two steps, its losses, and how many attention cores the model had while it learned."""
+class Fit(NamedTuple):
+    """Runner after its steps, what each step had, averaged weights before them, and attention cores during them."""
+
+    runner: ModelRunner
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    averaged_at_start: dict[str, torch.Tensor]
+    cores: int
+
+
+def fit(weights: dict[str, torch.Tensor], resume: Path | None = None, **flags) -> Fit:
+    """Two steps of Lightning's fit, or one more from a checkpoint."""
     pl.seed_everything(7)
     runner = OF3ProjectEntry().runner(configuration("train", **flags))
     runner.model.load_state_dict(weights)
     runner.on_train_epoch_start = runner.on_train_epoch_end = lambda: None  # these read a sampler of OpenFold3's
-    losses, cores = [], set()
+    losses, gradients, averaged, cores = [], [], {}, set()
 
     class Watch(pl.Callback):
+        def on_train_start(self, trainer, module) -> None:
+            averaged.update({name: value.clone() for name, value in module.ema.params.items()})
+
         def on_train_batch_start(self, *_: object) -> None:
             torch.manual_seed(len(losses))
+
+        def on_before_optimizer_step(self, trainer, module, *_: object) -> None:
+            found = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+            gradients.append({name: gradient.clone() for name, gradient in found.items()})
 
         def on_train_batch_end(self, trainer, module, outputs, *_: object) -> None:
             losses.append(float(outputs["loss"]))
@@ -192,7 +210,8 @@ def fit(folder: Path, weights: dict[str, torch.Tensor], **flags) -> tuple[ModelR
 
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=1 if resume is None else 2,
+        limit_train_batches=2 if resume is None else 1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -200,33 +219,46 @@ def fit(folder: Path, weights: dict[str, torch.Tensor], **flags) -> tuple[ModelR
         num_sanity_val_steps=0,
         callbacks=[Watch()],
     )
-    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None))
-    trainer.save_checkpoint(folder / "last.ckpt")
+    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None), ckpt_path=resume)
     assert len(cores) == 1
-    return runner, losses, cores.pop()
+    return Fit(runner, losses, gradients, averaged, cores.pop())
+
+
+ON = {"train": {"use_flashbias": True}}
 
 
 def test_training_with_the_flag_off_and_on(weights, tmp_path):
-    (tmp_path / "off").mkdir()
-    (tmp_path / "on").mkdir()
-    plain, expected, none = fit(tmp_path / "off", weights)
+    plain = fit(weights)
+    plain.runner.trainer.save_checkpoint(tmp_path / "off.ckpt")
     with flashbias_flag():
-        fast, found, some = fit(tmp_path / "on", weights, train={"use_flashbias": True})
-    assert (none, some) == (0, SWAPPED)
-    assert len(found) == len(expected) == 2
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert expected[0] != expected[1]
+        fast = fit(weights, **ON)
+        fast.runner.trainer.save_checkpoint(tmp_path / "on.ckpt")
+    assert (plain.cores, fast.cores) == (0, SWAPPED)
+    assert len(fast.losses) == len(plain.losses) == len(fast.gradients) == 2
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert plain.losses[0] != plain.losses[1]
+    for found, expected in zip(fast.gradients, plain.gradients, strict=True):
+        assert found.keys() == expected.keys()
+        largest = max(float(gradient.norm()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() < 1e-3 * gradient.norm() + 1e-6 * largest, name
+    averaged = {"off": plain.runner.ema.params, "on": fast.runner.ema.params}
+    assert averaged["on"].keys() == averaged["off"].keys() == weights.keys()
+    assert any(not torch.equal(averaged["on"][name], value) for name, value in weights.items())
 
-    saved = {}
-    for folder in ("off", "on"):
-        checkpoint = tmp_path / folder / "last.ckpt"
-        assert b"pairformer_fast" not in checkpoint.read_bytes()
-        saved[folder] = torch.load(checkpoint, weights_only=True)
-        checkpoint.unlink()  # some 300 MB
-    assert saved["on"]["state_dict"].keys() == saved["off"]["state_dict"].keys()
-    assert saved["on"]["ema"]["params"].keys() == saved["off"]["ema"]["params"].keys()
-    plain.load_state_dict(saved["on"]["state_dict"])
-    fast.load_state_dict(saved["off"]["state_dict"])
+    assert b"pairformer_fast" not in (tmp_path / "on.ckpt").read_bytes()
+    without = fit(weights, tmp_path / "on.ckpt")
+    with flashbias_flag():
+        with_flag = fit(weights, tmp_path / "off.ckpt", **ON)
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()  # some 300 MB each
+    assert (without.cores, with_flag.cores) == (0, SWAPPED)
+    assert len(without.losses) == 1
+    assert with_flag.losses == pytest.approx(without.losses, rel=1e-3)
+    for resumed, saved in ((without, averaged["on"]), (with_flag, averaged["off"])):
+        assert resumed.runner.trainer.global_step == 3
+        assert resumed.averaged_at_start.keys() == saved.keys()
+        assert all(torch.equal(value, saved[name]) for name, value in resumed.averaged_at_start.items())
 
 
 @pytest.fixture(scope="module")
