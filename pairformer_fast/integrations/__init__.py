@@ -14,7 +14,7 @@ from pairformer_fast.model.factors import HIDDEN
 
 __all__ = ["Acceleration", "Skipped", "accelerate", "factor_networks"]
 
-_HOSTS = {"openfold3": "openfold3", "openfold": "openfold", "boltz": "boltz"}
+_HOSTS = {"openfold3": "openfold3", "openfold": "openfold", "boltz": "boltz", "protenix": "protenix"}
 """Top-level package of a host's modules, and the module here that knows it."""
 
 
@@ -24,16 +24,16 @@ def accelerate(
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
-    checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of the layers of Boltz and OpenFold's
+    checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of Boltz and Protenix and OpenFold's
     triangle multiplications run this package's operations as a whole, so hooks on their parts are not called;
     everything else of the host is left alone. Accelerate before ``torch.compile``.
 
     Parameters
     ----------
     model : nn.Module
-        A model of OpenFold3 0.5 (``openfold3``), of OpenFold for AlphaFold 2 (``openfold``) or of Boltz 1 or 2
-        (``boltz``), or any part of one that holds attention with a pair bias: a block, a stack, a wrapper around the
-        model.
+        A model of OpenFold3 0.5 (``openfold3``), of OpenFold for AlphaFold 2 (``openfold``), of Boltz 1 or 2
+        (``boltz``) or of Protenix (``protenix``), or any part of one that holds attention with a pair bias: a block, a
+        stack, a wrapper around the model.
     config : AttentionConfig, optional
         How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. A
         decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, ``"learned"``,

@@ -306,4 +306,6 @@ def _obstacle(module: nn.Module) -> str | None:
         return instance_obstacle(module)
     if not getattr(module, "initial_norm", True) or not getattr(module, "compute_pair_bias", True):
         return "belongs to a diffusion transformer, which stays Boltz's"
+    if not all(map(_takes, module.get_submodule("proj_z").children())):
+        return "its pair bias has an offset, or comes from a layer norm without scale"
     return instance_obstacle(module, "")
