@@ -37,6 +37,7 @@ from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
 
 from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.config import Backend
 from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
 from pairformer_fast.integrations.openfold3_sampling import around_sampler
 from pairformer_fast.kernels.layer_norm import NormParameters
@@ -108,6 +109,32 @@ class FastTriangleAttentionEndingNode(FastTriangleAttention, TriangleAttentionEn
     """The same for the class that transposes by itself."""
 
 
+def single_tokens(
+    module: Any, a: Tensor, z: Tensor, mask: Tensor | None, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What single attention with learned factors reads, as a batch.
+
+    Parameters
+    ----------
+    module : AttentionPairBias
+    a, z, mask : Tensor
+        ``[*, N, C]``, ``[*, N, N, C_z]`` and, optional, ``[*, N]``.
+    backend : Backend
+        Of the layer norm of z.
+
+    Returns
+    -------
+    normed, tokens, keep : Tensor
+        Normalised a ``[B, N, C]``, features of the network ``[B, N, 2 C_z + C]``, bool ``[B, N]``.
+    """
+    shape = a.shape
+    keep = torch.ones_like(a[..., 0], dtype=torch.bool) if mask is None else (mask != 0).expand(shape[:-1])
+    normed, keep = module.layer_norm_a(a).reshape(-1, *shape[-2:]), keep.reshape(-1, shape[-2])
+    z = z.expand(*shape[:-2], *z.shape[-3:]).reshape(-1, *z.shape[-3:])
+    means = token_means(z, NormParameters.of(module.layer_norm_z), keep, backend)
+    return normed, torch.cat([means, normed.to(means.dtype)], dim=-1), keep
+
+
 class FastAttentionPairBias(AttentionPairBias):
     """Attention whose pair bias is normalised, projected and laid out in one pass over the pair representation."""
 
@@ -124,13 +151,8 @@ class FastAttentionPairBias(AttentionPairBias):
             return super().forward(
                 a, z, mask, use_high_precision_attention=use_high_precision_attention, **kernel_flags
             )
-        shape = a.shape
-        keep = torch.ones_like(a[..., 0], dtype=torch.bool) if mask is None else (mask != 0).expand(shape[:-1])
-        a, keep = self.layer_norm_a(a).reshape(-1, *shape[-2:]), keep.reshape(-1, shape[-2])
-        z = z.expand(*shape[:-2], *z.shape[-3:]).reshape(-1, *z.shape[-3:])
-        means = token_means(z, NormParameters.of(self.layer_norm_z), keep, self.mha.core.config.backend)
-        tokens = torch.cat([means, a.to(means.dtype)], dim=-1)
-        return self.mha.with_factors(a, tokens, keep, use_high_precision_attention).view(shape)
+        normed, tokens, keep = single_tokens(self, a, z, mask, self.mha.core.config.backend)
+        return self.mha.with_factors(normed, tokens, keep, use_high_precision_attention).view(a.shape)
 
     def _prep_bias(self, a: Tensor, z: Tensor, mask: Tensor | None) -> list[Tensor]:
         mask = a.new_ones(a.shape[:-1]) if mask is None else mask.expand(a.shape[:-1])

@@ -24,6 +24,7 @@ from openfold3.core.model.layers.triangular_attention import TriangleAttention
 from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.project_entry import OF3ProjectEntry
 
+from pairformer_fast.integrations.openfold3_distill import distill
 from pairformer_fast.integrations.openfold3_learned import ENTRY, FactorTraining
 from pairformer_fast.integrations.openfold3_run import flashbias_flag
 from tests.integrations.test_openfold3 import BLOCK, block, distance, inputs, outputs, stack
@@ -111,6 +112,28 @@ def test_networks_that_are_missing_or_of_another_model_are_refused(tmp_path):
     dims = {"c_a": 24, "c_s": 8, "c_z": 8, "c_hidden": 8, "no_heads": 3, "no_blocks": 1, "n_transition": 2}
     with pytest.raises(FactorsError, match="no attention"):
         factor_networks(DiffusionTransformer(**dims, n_query=None, n_key=None, inf=1e9), 4)
+
+
+def test_distilled_networks_bring_a_frozen_model_near_to_its_dense_biases():
+    model, batch = stack(), inputs(17)
+    networks = networks_for(model, rank=8)
+
+    def error() -> float:
+        with torch.no_grad(), accelerate(model, LEARNED, networks):
+            return max(distance(a, b) for a, b in zip(outputs(model, batch), expected, strict=True))
+
+    with torch.no_grad():
+        expected = outputs(model, batch)
+    before, weights = error(), copy.deepcopy(model.state_dict())
+    losses = distill(model, networks, lambda step: outputs(model, batch), 60, learning_rate=5e-3)
+    assert losses[-1] < 0.3 * losses[0]
+    assert error() < 0.7 * before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="did not reach"):
+        distill(model, networks, lambda step: None, 1)
+    with accelerate(model, AttentionConfig(bias="dense")), pytest.raises(ValueError, match="accelerate"):
+        distill(model, networks, lambda step: outputs(model, batch), 1)
 
 
 @pytest.mark.parametrize(
