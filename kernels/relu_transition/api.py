@@ -1,0 +1,136 @@
+"""Public function of the operation: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pairformer_fast.config import Backend
+from pairformer_fast.kernels.backend import compute_dtype, takes_triton
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.layer_norm.api import check_norm
+from pairformer_fast.kernels.relu_transition import operator, reference
+
+MOST_CHANNELS = 512
+"""Most channels that the Triton kernels hold on chip."""
+
+VECTOR = 8
+"""Channels and hidden channels of the Triton kernels are multiples of this."""
+
+
+def relu_transition(
+    x: Tensor,
+    norm: NormParameters,
+    weight_1: Tensor,
+    offset_1: Tensor,
+    weight_2: Tensor,
+    offset_2: Tensor,
+    mask: Tensor | None = None,
+    *,
+    backend: Backend = Backend.AUTO,
+) -> Tensor:
+    """Update of a transition, ``mask * (relu(y w_1^T + o_1) w_2^T + o_2)`` of ``y = layer_norm(x)``.
+
+    Differentiable in ``x`` and all parameters. Products run in the dtype of autocast where it is on, else in that of
+    ``x``, and are summed in fp32. The hidden layer is never in memory with Triton, in neither direction: the backward
+    pass computes it again.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[B, I, J, C]`` or ``[B, N, C]``, floating point, any strides but the last.
+    norm : NormParameters
+    weight_1, offset_1 : Tensor
+        ``[hidden, C]`` and ``[hidden]``, floating point.
+    weight_2, offset_2 : Tensor
+        ``[C, hidden]`` and ``[C]``, floating point.
+    mask : Tensor, optional
+        Bool, ``x.shape[:-1]``, True = keep; the update of other tokens is zero.
+    backend : Backend
+        ``auto`` takes Triton where :func:`runs_triton` says so, and plain PyTorch elsewhere.
+
+    Returns
+    -------
+    Tensor
+        Shape and dtype of ``x``, laid out as ``torch.empty_like(x)``; without the residual.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If shapes, dtypes or devices do not fit together or to the backend.
+    RuntimeError
+        If ``backend`` is ``triton`` and cannot run here.
+
+    Notes
+    -----
+    Source: AF2 Algorithms 9 and 15.
+    """
+    _check(x, norm, weight_1, offset_1, weight_2, offset_2, mask)
+    compute = compute_dtype(x)
+    if not runs_triton(x, weight_1, backend):
+        return reference.relu_transition(x, norm, weight_1, offset_1, weight_2, offset_2, mask, compute)
+    inputs = x, norm.weight, norm.bias, weight_1, offset_1, weight_2, offset_2
+    return operator.relu_transition_forward(*inputs, mask, norm.eps, compute)
+
+
+def runs_triton(x: Tensor, weight_1: Tensor, backend: Backend) -> bool:
+    """Whether Triton computes the update of ``x``.
+
+    With ``auto`` that is so on CUDA for bf16, fp16 and fp32 up to 512 channels where all channels are multiples of 8.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`relu_transition` about the backend.
+    """
+    odd = any(size % VECTOR for size in weight_1.shape)
+    if backend is Backend.AUTO and odd:
+        return False
+    takes = takes_triton(backend, x, MOST_CHANNELS)
+    if takes and odd:
+        raise ValueError(
+            f"backend 'triton' takes channels in multiples of {VECTOR}, but weight_1 is {list(weight_1.shape)}; choose "
+            "backend 'reference'"
+        )
+    return takes
+
+
+def _check(
+    x: Tensor,
+    norm: NormParameters,
+    weight_1: Tensor,
+    offset_1: Tensor,
+    weight_2: Tensor,
+    offset_2: Tensor,
+    mask: Tensor | None,
+) -> None:
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x must be [B, I, J, C] or [B, N, C], but got shape {list(x.shape)}")
+    check_norm("x", x, norm)
+    channels = x.shape[-1]
+    if weight_1.ndim != 2 or weight_1.shape[1] != channels or not weight_1.shape[0]:
+        raise ValueError(f"weight_1 must be [hidden, C] = [hidden, {channels}], but got {list(weight_1.shape)}")
+    hidden = weight_1.shape[0]
+    for name, tensor, layout, shape in (
+        ("weight_1", weight_1, "[hidden, C]", [hidden, channels]),
+        ("offset_1", offset_1, "[hidden]", [hidden]),
+        ("weight_2", weight_2, "[C, hidden]", [channels, hidden]),
+        ("offset_2", offset_2, "[C]", [channels]),
+    ):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {layout} = {shape} to fit x and weight_1, but got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, but got {tensor.dtype}")
+        _check_device(name, tensor, x)
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
+    _check_device("mask", mask, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")
