@@ -1,11 +1,11 @@
-"""OpenFold for AlphaFold 2: triangle attention, row attention over an MSA with pair bias, triangle multiplication.
+"""OpenFold for AlphaFold 2: attention with a pair bias, triangle multiplication and transitions.
 
 For the package imported as ``openfold``: PyPI's 0.0.1 and GitHub's 2.x, told apart by the parts of a module, not by a
 version. In attention only what lies between q, k, v and the gate is replaced. Layer norms, projections, the pair bias,
 the gate and the output stay OpenFold's own, and with them the orientation of the bias around the ending node: b[k, i]
 as in AlphaFold 2, not b[i, k] as in AlphaFold 3, since it is projected from the transposed pair representation. Nothing
-here transposes it. Triangle multiplication runs here as a whole, with OpenFold's weights and offsets. All other
-attention is not touched, and neither are transitions, which OpenFold works on in chunks.
+here transposes it. Triangle multiplication runs here as a whole, with OpenFold's weights and offsets, and so do
+transitions where Triton runs. All other attention is not touched.
 
 Two things differ from OpenFold on purpose. A row whose keys are all masked gives zeros, where OpenFold averages over
 masked values; this concerns padding alone if a residue that the sequence masks is masked in every row of the MSA, rows
@@ -26,7 +26,7 @@ from openfold.model.triangular_attention import TriangleAttention, TriangleAtten
 from torch import Tensor, cat, nn
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations import openfold_multiplication as multiplication
+from pairformer_fast.integrations import openfold_updates as updates
 from pairformer_fast.integrations.acceleration import (
     NewClass,
     Plan,
@@ -157,10 +157,10 @@ def plan(model: nn.Module) -> Plan:
     targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
     around = {}
     for path, module in model.named_modules():
-        if not multiplication.is_known(module):
+        if not updates.is_known(module):
             continue
-        if (reason := multiplication.obstacle(module)) is None:
-            around[path] = NewClass(module, multiplication.NEW_CLASS[type(module)])
+        if (reason := updates.obstacle(module)) is None:
+            around[path] = NewClass(module, updates.NEW_CLASS[type(module)])
         else:
             skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
     return Plan(targets, skipped, around)

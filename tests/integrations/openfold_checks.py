@@ -11,9 +11,10 @@ import pytest
 import torch
 from openfold.config import model_config
 from openfold.data.data_transforms import make_atom14_masks
-from openfold.model.evoformer import EvoformerBlock, ExtraMSABlock
+from openfold.model.evoformer import EvoformerBlock, ExtraMSABlock, MSATransition
 from openfold.model.model import AlphaFold
 from openfold.model.msa import MSARowAttentionWithPairBias
+from openfold.model.pair_transition import PairTransition
 from openfold.model.triangular_attention import TriangleAttention, TriangleAttentionEndingNode
 from openfold.model.triangular_multiplicative_update import (
     TriangleMultiplicationIncoming,
@@ -25,10 +26,13 @@ from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import Configured, PairBiasAttention, collect_reports
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.openfold_flag import accelerate_as_configured, flashbias_flag
-from pairformer_fast.integrations.openfold_multiplication import NEW_CLASS
+from pairformer_fast.integrations.openfold_updates import NEW_CLASS
+from tests.kernels.conftest import mended_interpreter  # noqa: F401 -- a fixture
 
 C_M, C_Z, SEQUENCES = 24, 16, 5
 DENSE = AttentionConfig(bias="dense")
+ON_TRITON = AttentionConfig(bias="dense", backend="triton")
+"""Kernels run in Triton's interpreter on a CPU."""
 BLOCK = {
     "c_m": C_M,
     "c_z": C_Z,
@@ -50,7 +54,9 @@ BLOCK = {
     "ckpt": False,
 }
 ATTENTIONS = ("msa_att_row", "tri_att_start", "tri_att_end")
-MULTIPLICATIONS = ("tri_mul_out", "tri_mul_in")
+UPDATES = ("msa_transition", "tri_mul_out", "tri_mul_in", "pair_transition")
+TRANSITIONS = [PairTransition, MSATransition]
+MULTIPLICATIONS = [cls for cls in NEW_CLASS if cls not in TRANSITIONS]
 # A constant added to all logits of a query: softmax ignores it, so these gradients are zero but for rounding.
 NO_GRADIENT = ("msa_att_row.layer_norm_z.bias", "ipa.linear_b.bias")
 
@@ -136,7 +142,7 @@ def test_dense_bias_gives_openfolds_outputs_and_gradients(n, cls, training):
         torch.manual_seed(5)
         found, found_gradients = outputs(model, batch), gradients(model, batch)
     assert [path.rpartition(".")[2] for path in acceleration.swapped] == list(ATTENTIONS)
-    assert [path.rpartition(".")[2] for path in acceleration.around] == list(MULTIPLICATIONS)
+    assert [path.rpartition(".")[2] for path in acceleration.around] == list(UPDATES)
     for a, b in zip(found, expected, strict=True):
         assert distance(a, b) < 1e-5
     assert_same_gradients(found_gradients, expected_gradients)
@@ -195,7 +201,7 @@ def test_orientation_of_the_bias(kind, config):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("cls", list(NEW_CLASS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", MULTIPLICATIONS, ids=lambda cls: cls.__name__)
 def test_triangle_multiplication(cls, backend):
     """Of all that the release has, fused ones included."""
     n = 9
@@ -228,8 +234,45 @@ def test_triangle_multiplication(cls, backend):
     assert distance(overwritten, expected["update"]) < 1e-5
 
 
+@pytest.mark.parametrize("cls", TRANSITIONS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_transition_by_triton(leading, cls):
+    module = with_random_weights(cls(C_Z, 4))
+    x = torch.randn(*leading, 3, 5, C_Z).transpose(-2, -3).requires_grad_()
+    mask = (torch.rand(x.shape[:-1]) > 0.3).float()
+
+    def results() -> list[torch.Tensor]:
+        update = module(x, mask, chunk_size=4)
+        return [
+            update.detach(),
+            module(x).detach(),
+            *torch.autograd.grad(update.sin().sum(), [x, *module.parameters()]),
+        ]
+
+    expected = results()
+    # Attention beside it, without which there is nothing to accelerate.
+    with accelerate(nn.ModuleList([module, TriangleAttention(C_Z, 8, 2)]), DENSE) as acceleration:
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True)), "OpenFold's own code on a CPU"
+        acceleration.configure(ON_TRITON)
+        found = results()
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_block_by_triton():
+    model, batch = block(), inputs(6)
+    expected, expected_gradients = outputs(model, batch), gradients(model, batch)
+    with accelerate(model, DENSE) as acceleration:
+        for path in acceleration.around:  # in the interpreter attention would take 20 s
+            model.get_submodule(path).config = ON_TRITON
+        found, found_gradients = outputs(model, batch), gradients(model, batch)
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a, b) < 1e-5
+    assert_same_gradients(found_gradients, expected_gradients)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("cls", list(NEW_CLASS), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", MULTIPLICATIONS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_leading_dimensions_of_triangle_multiplication(inplace, leading, cls):
@@ -387,7 +430,7 @@ def test_other_attention_is_reported_and_left_alone():
     assert again == [f"0.{path}" for path in (*acceleration.swapped, *acceleration.around)]
 
 
-def test_other_triangle_multiplication_is_reported_and_left_alone():
+def test_other_updates_are_reported_and_left_alone():
     class Variant(TriangleMultiplicationIncoming):
         pass
 
@@ -395,7 +438,7 @@ def test_other_triangle_multiplication_is_reported_and_left_alone():
     path, patched = next((path, m) for path, m in model.named_modules() if type(m) is TriangleMultiplicationOutgoing)
     patched.forward = lambda *arguments, **options: None
     acceleration = accelerate(model, DENSE)
-    assert [path.rpartition(".")[2] for path in acceleration.around] == ["tri_mul_in"]
+    assert [path.rpartition(".")[2] for path in acceleration.around] == [x for x in UPDATES if x != "tri_mul_out"]
     reasons = {skipped.path: skipped.reason for skipped in acceleration.skipped}
     assert "instance" in reasons[path]
     assert "subclass" in reasons["variant"]
@@ -500,7 +543,7 @@ def test_small_model():
             with torch.enable_grad():
                 found_gradients = model_gradients(model, batch)
     assert len(acceleration.swapped) == 2 + 3 + 2 * 3, "templates, extra MSA, Evoformer"
-    assert len(acceleration.around) == 2 + 2 + 2 * 2
+    assert len(acceleration.around) == 3 + 4 + 2 * 4
     assert choices == {"factors"}
     for name, value in expected.items():
         assert all(distance(of_kind[name], value) < 1e-5 for of_kind in found.values()), name

@@ -1,4 +1,4 @@
-"""Triangle multiplication of OpenFold for AlphaFold 2, with its offsets; GitHub's 2.x has a fused variant beside it."""
+"""Triangle multiplication and transitions of OpenFold for AlphaFold 2, whose linear layers have offsets."""
 
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from openfold.model import triangular_multiplicative_update as host
+from openfold.model.evoformer import MSATransition
+from openfold.model.pair_transition import PairTransition
 from openfold.utils.precision_utils import is_fp16_enabled
 from torch import Tensor, nn
 
 from pairformer_fast.bias import Configured
+from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.relu_transition import relu_transition, runs_triton
 from pairformer_fast.kernels.triangle_multiplication import TriangleWeights, triangle_multiplication
 from pairformer_fast.model.slabs import rows_at_a_time
 
@@ -74,7 +78,7 @@ class FastTriangleMultiplication(Configured):
 
 
 class FastFusedTriangleMultiplication(FastTriangleMultiplication):
-    """The same with the layers of both edges in one."""
+    """The same with the layers of both edges in one, as GitHub's 2.x has it beside the other."""
 
     def _weights(self) -> TriangleWeights:
         shared = ("layer_norm_in", "layer_norm_out", "linear_g", "linear_z")
@@ -94,7 +98,44 @@ class FastTriangleMultiplicationIncoming(FastTriangleMultiplication, host.Triang
     """Incoming edges (AF2 Algorithm 12)."""
 
 
+class FastTransition(Configured):
+    """Transition without a hidden layer in memory where Triton runs; elsewhere OpenFold's, which works in chunks."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *limits: Any, **chunks: Any) -> Tensor:
+        """Update of a pair or MSA representation.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[*, I, J, C]``.
+        mask : Tensor, optional
+            ``[*, I, J]``, 1 = keep.
+
+        Returns
+        -------
+        Tensor
+            ``[*, I, J, C]``.
+        """
+        flat, first, last = x.reshape(-1, *x.shape[-3:]), self.linear_1, self.linear_2
+        if not runs_triton(flat, first.weight, self.config.backend):
+            return super().forward(x, mask, *limits, **chunks)
+        keep = None if mask is None else (mask != 0).expand(x.shape[:-1]).reshape(flat.shape[:-1])
+        norm, backend = NormParameters.of(self.layer_norm), self.config.backend
+        layers = first.weight, first.bias, last.weight, last.bias
+        return relu_transition(flat, norm, *layers, keep, backend=backend).view(x.shape)
+
+
+class FastPairTransition(FastTransition, PairTransition):
+    """Of the pair representation (AF2 Algorithm 15)."""
+
+
+class FastMSATransition(FastTransition, MSATransition):
+    """Of the MSA representation (AF2 Algorithm 9)."""
+
+
 NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    PairTransition: FastPairTransition,
+    MSATransition: FastMSATransition,
     host.TriangleMultiplicationOutgoing: FastTriangleMultiplicationOutgoing,
     host.TriangleMultiplicationIncoming: FastTriangleMultiplicationIncoming,
 }
@@ -117,13 +158,13 @@ if hasattr(host, "FusedTriangleMultiplicationOutgoing"):
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether ``module`` is a triangle multiplication of OpenFold, or a subclass."""
+    """Whether ``module`` is one of these of OpenFold, or a subclass."""
     return isinstance(module, tuple(NEW_CLASS))
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why a triangle multiplication cannot be swapped; None if it can."""
-    if isinstance(module, FastTriangleMultiplication):
+    """Why such a module cannot be swapped; None if it can."""
+    if isinstance(module, (FastTriangleMultiplication, FastTransition)):
         return "accelerated already; restore it first, or set another config with set_attention"
     if type(module) not in NEW_CLASS:
         return "a subclass, which may compute something else"
