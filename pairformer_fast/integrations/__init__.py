@@ -25,8 +25,8 @@ def accelerate(
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
     checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of Boltz and Protenix and OpenFold's
-    triangle multiplications run this package's operations as a whole, so hooks on their parts are not called;
-    everything else of the host is left alone. Accelerate before ``torch.compile``.
+    triangle multiplications and transitions run this package's operations as a whole, so hooks on their parts are not
+    called; everything else of the host is left alone. Accelerate before ``torch.compile``.
 
     Parameters
     ----------

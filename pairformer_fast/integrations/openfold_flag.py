@@ -131,4 +131,8 @@ def _attention_config(settings: Any) -> AttentionConfig | None:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
         raise InputError(f"globals.{OPTIONS} of OpenFold's configuration: {wrong}") from None
+    if config.bias is BiasMethod.LEARNED:
+        raise InputError(
+            f"globals.{OPTIONS}: bias 'learned' is not for OpenFold, which takes no factor networks; choose another"
+        )
     return config if flag else None

@@ -101,6 +101,9 @@ class FastTriangleMultiplicationIncoming(FastTriangleMultiplication, host.Triang
 class FastTransition(Configured):
     """Transition without a hidden layer in memory where Triton runs; elsewhere OpenFold's, which works in chunks."""
 
+    linear_1: nn.Linear
+    linear_2: nn.Linear
+
     def forward(self, x: Tensor, mask: Tensor | None = None, *limits: Any, **chunks: Any) -> Tensor:
         """Update of a pair or MSA representation.
 

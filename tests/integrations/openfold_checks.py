@@ -237,6 +237,7 @@ def test_triangle_multiplication(cls, backend):
 @pytest.mark.parametrize("cls", TRANSITIONS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
 def test_transition_by_triton(leading, cls):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
     module = with_random_weights(cls(C_Z, 4))
     x = torch.randn(*leading, 3, 5, C_Z).transpose(-2, -3).requires_grad_()
     mask = (torch.rand(x.shape[:-1]) > 0.3).float()
@@ -260,6 +261,7 @@ def test_transition_by_triton(leading, cls):
 
 
 def test_block_by_triton():
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
     model, batch = block(), inputs(6)
     expected, expected_gradients = outputs(model, batch), gradients(model, batch)
     with accelerate(model, DENSE) as acceleration:
@@ -605,6 +607,7 @@ def test_flag_by_dotted_keys_as_in_openfolds_scripts():
         ({"use_flashbias": "yes"}, "globals.use_flashbias must be true or false, but is 'yes'"),
         ({"use_flashbias": True, "flashbias": {"method": "svd"}}, "globals.flashbias.*: method: Extra inputs"),
         ({"use_flashbias": True, "flashbias": {"bias": "flat"}}, "globals.flashbias.*: bias: Input should be 'auto'"),
+        ({"use_flashbias": True, "flashbias": {"bias": "learned"}}, "globals.flashbias: .*'learned'"),
         ({"use_flashbias": True, "flashbias": {"rank": 0}}, "rank: Input should be greater than or equal to 1"),
         ({"use_flashbias": False, "flashbias": "svd"}, "globals.flashbias must hold fields such as bias"),
     ],
