@@ -90,8 +90,8 @@ class FoldSettings(Frozen):
                 if value is not None:
                     raise ValueError(f"{option} is for --model openfold3: drop it or choose that model")
             return self
-        if self.factors is not None or self.bias is BiasMethod.LEARNED:
-            raise ValueError("--model openfold3 takes no factor networks: drop --factors and --bias learned")
+        if self.factors is not None and self.bias is not BiasMethod.LEARNED:
+            raise ValueError(f"--factors {self.factors}: only --bias learned takes factor networks")
         if self.checkpoint is None:
             raise ValueError("--model openfold3 needs --checkpoint FILE: its weights do not come with this package")
         if ":" in self.device:

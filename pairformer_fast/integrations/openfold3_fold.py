@@ -25,7 +25,9 @@ import torch
 import yaml
 from biotite.structure.io import pdbx
 
-from pairformer_fast.config import AttentionConfig
+from pairformer_fast.bias import FactorsError
+from pairformer_fast.bias.learned import read_shapes, side_file
+from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.compare import Comparison, compare_structures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
@@ -72,6 +74,7 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings) -> RunRepor
     """
     given, out = read_input(fasta, settings), Path(out)
     check_output(out, given.jobs)
+    networks_file(settings)
     device = resolve_device(settings.device)
     _say_what_has_no_msa(given)
     paths: dict[str, AttentionConfig | None] = {}
@@ -98,6 +101,29 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings) -> RunRepor
     return report
 
 
+def networks_file(settings: FoldSettings) -> Path | None:
+    """Side file of the factor networks that the settings ask for, found and readable; None if they need none.
+
+    Raises
+    ------
+    InputError
+        If it is missing or unreadable.
+    """
+    if settings.bias is not BiasMethod.LEARNED:
+        return None
+    assert settings.checkpoint is not None
+    file = side_file(settings.checkpoint) if settings.factors is None else settings.factors
+    if not file.is_file():
+        raise InputError(
+            f"--bias learned: there are no factor networks at {file}; give them by --factors, or choose another bias"
+        )
+    try:
+        read_shapes(file, settings.checkpoint)
+    except FactorsError as error:
+        raise InputError(str(error)) from error
+    return file.absolute()
+
+
 def runner_settings(
     settings: FoldSettings, given: dict[str, Any], attention: AttentionConfig | None, device: torch.device
 ) -> dict[str, Any]:
@@ -119,11 +145,12 @@ def runner_settings(
     """
     from openfold3.core.config.config_utils import deep_update
 
-    from pairformer_fast.integrations.openfold3_run import FLAG, OPTIONS
+    from pairformer_fast.integrations.openfold3_run import FACTORS, FLAG, OPTIONS
 
     memory: dict[str, Any] = {FLAG: attention is not None}
     if attention is not None:
-        memory[OPTIONS] = attention.model_dump(mode="json")
+        file = networks_file(settings)
+        memory[OPTIONS] = attention.model_dump(mode="json") | {FACTORS: None if file is None else str(file)}
     if device.type == "cpu":
         memory["use_triton_triangle_kernels"] = False
     custom: dict[str, Any] = {"settings": {"memory": {"eval": memory}}}
@@ -178,7 +205,8 @@ class _Engine:
         assert settings.checkpoint is not None
         cost = next(iter(run.costs.values()), None)
         precision = resolve_precision(settings.precision, device) if cost is None else cost.precision
-        return cls(device, precision, settings.recycles if cost is None else cost.recycles, settings.checkpoint)
+        recycles = settings.recycles if cost is None else cost.recycles
+        return cls(device, precision, recycles, settings.checkpoint, networks_file(settings))
 
 
 @dataclass(frozen=True)

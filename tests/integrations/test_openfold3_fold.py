@@ -18,7 +18,9 @@ import openfold3.core.data.tools.colabfold_msa_server as msa_server
 from openfold3.core.data.framework.single_datasets.inference import InferenceDataset
 from openfold3.projects.of3_all_atom.model import OpenFold3
 
-from .test_openfold3_run import SMALL, weights  # noqa: F401 -- a fixture
+from pairformer_fast.integrations import factor_networks
+
+from .test_openfold3_run import SMALL, configuration, weights  # noqa: F401 -- a fixture
 
 ONE, TWO = "GSHMKVLAAGIVALCAAQ", "MKTAYIAKQR"
 FILES = [
@@ -81,6 +83,23 @@ def test_both_paths_of_two_jobs(fold, tmp_path, caplog):
     for job in report["jobs"]:
         assert (job["paths"]["reference"]["factors"], job["paths"]["reference"]["dense"]) == (0, 0)
         assert job["paths"]["flashbias"]["factors"] > 0
+
+
+def test_learned_factors(fold, tmp_path):
+    learned = ["--bias", "learned", "--no-compare"]
+    status, stderr = fold(f">one\n{ONE}\n", *learned)
+    assert status == 2
+    assert "weights.factors.safetensors" in stderr
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "made.factors.safetensors"
+    factor_networks(OpenFold3(configuration("predict")), 4).save(file)
+    status, _ = fold(f">one\n{ONE}\n", *learned, "--factors", str(file))
+    assert status == 0
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert report["factors"]["name"] == file.name
+    path = report["jobs"][0]["paths"]["flashbias"]
+    assert path["factors"] > 0
+    assert path["mean_rank"] == 4
 
 
 def test_alignments_reach_the_model(fold, tmp_path, caplog):
