@@ -16,6 +16,14 @@ SHARE = 0.5
 """Of the free memory, what a run of the sampler may keep."""
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left, with what PyTorch holds unused on a GPU."""
+    free = available_bytes(device)
+    if device.type == "cuda":
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free
+
+
 class Kept:
     """What the steps of one run of the sampler have in common.
 
@@ -33,10 +41,7 @@ class Kept:
     """
 
     def __init__(self, device: torch.device, readers: Sequence[Keeps]) -> None:
-        free = available_bytes(device)
-        if device.type == "cuda":
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        self._left = int(SHARE * free)
+        self._left = int(SHARE * free_bytes(device))
         self._all_readers = frozenset(readers)
         self._values: dict[Keeps, Any] = {}
         self._sizes: dict[Keeps, int] = {}

@@ -24,6 +24,8 @@ from pairformer_fast.integrations.openfold3_kept import Keeps
 C_S, C_S_INPUT, C_Z = 24, 24 + 65, 16
 DENSE = AttentionConfig(bias="dense")
 STEPS = 3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDING = 2e-6 if DEVICE.type == "cpu" else 2e-5
 
 
 def sampler() -> SampleDiffusion:
@@ -46,21 +48,21 @@ def sampler() -> SampleDiffusion:
             value.copy_(scale * torch.randn(value.shape, generator=generator))
             if "layer_norm" in name and name.endswith("weight"):
                 value += 1
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def inputs(tokens: int = 19, batch_size: int = 1, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     batch = random_of3_features(batch_size=batch_size, n_token=tokens, n_msa=2, n_templ=1, is_eval=True)
     batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    batch = tensor_tree_map(lambda x: x.unsqueeze(1), batch)
+    batch = tensor_tree_map(lambda x: x.unsqueeze(1).to(DEVICE), batch)
     noise = {"sigma_data": 16, "s_max": 160.0, "s_min": 4e-4, "p": 7}
     return {
         "batch": batch,
-        "si_input": torch.randn(batch_size, 1, tokens, C_S_INPUT),
-        "si_trunk": torch.randn(batch_size, 1, tokens, C_S),
-        "zij_trunk": torch.randn(batch_size, 1, tokens, tokens, C_Z),
-        "noise_schedule": create_noise_schedule(STEPS, **noise, dtype=torch.float32, device=torch.device("cpu")),
+        "si_input": torch.randn(batch_size, 1, tokens, C_S_INPUT, device=DEVICE),
+        "si_trunk": torch.randn(batch_size, 1, tokens, C_S, device=DEVICE),
+        "zij_trunk": torch.randn(batch_size, 1, tokens, tokens, C_Z, device=DEVICE),
+        "noise_schedule": create_noise_schedule(STEPS, **noise, dtype=torch.float32, device=DEVICE),
         "no_rollout_samples": 3,
         "use_high_precision_attention": True,
     }
@@ -110,7 +112,7 @@ def test_every_step_gives_what_openfold3_gives(model, make, high_precision):
         assert len(acceleration.around) == 6
         for config in (DENSE, AttentionConfig(bias="svd", rank=tokens), AttentionConfig(tolerance=1e-6)):
             acceleration.configure(config)
-            assert distance(denoised(model, arguments), expected) < 2e-6
+            assert distance(denoised(model, arguments), expected) < ROUNDING
             assert len(acceleration.reports()) == 2, "one decision for each block, not for each step"
         acceleration.configure(AttentionConfig(bias="svd", rank=1))
         assert distance(denoised(model, arguments), expected) > 1e-3, "the comparison must see the biases"
@@ -175,9 +177,9 @@ def test_other_inputs_are_not_taken_for_those_that_were_kept(model):
     changed = changing()
     assert distance(changed, expected[0]) > 1e-3
     with accelerate(model, DENSE):
-        assert distance(denoised(model, first), expected[0]) < 2e-6
-        assert distance(denoised(model, second), expected[1]) < 2e-6
-        assert distance(changing(), changed) < 2e-6
+        assert distance(denoised(model, first), expected[0]) < ROUNDING
+        assert distance(denoised(model, second), expected[1]) < ROUNDING
+        assert distance(changing(), changed) < ROUNDING
 
 
 @pytest.mark.parametrize("config", [DENSE, AttentionConfig(bias="svd", rank=4)], ids=["dense", "svd"])
@@ -187,10 +189,10 @@ def test_what_does_not_fit_into_memory_is_computed_in_every_step(model, monkeypa
     with accelerate(model, config) as acceleration:
         expected = denoised(model, arguments)
         acceleration.reset()
-        monkeypatch.setattr(openfold3_kept, "available_bytes", lambda _device: 1000 * kilobytes)
+        monkeypatch.setattr(openfold3_kept, "free_bytes", lambda _device: 1000 * kilobytes)
         caplog.set_level(logging.WARNING)
         caplog.clear()
-        assert distance(denoised(model, arguments), expected) < 2e-6
+        assert distance(denoised(model, arguments), expected) < ROUNDING
         assert len(acceleration.reports()) >= 2
     refused = [record.args[0] for record in caplog.records if "in every step" in record.getMessage()]
     assert (kilobytes == 10_000) == (not refused)
@@ -209,10 +211,14 @@ def test_gradients_and_training_run_openfold3s_own_code(model):
 
     def step() -> torch.Tensor:
         torch.manual_seed(1)
-        noisy = torch.randn(1, 3, arguments["batch"]["atom_mask"].shape[-1], 3)
+        noisy = torch.randn(1, 3, arguments["batch"]["atom_mask"].shape[-1], 3, device=DEVICE)
         common = {name: arguments[name] for name in ("batch", "si_input", "si_trunk", "zij_trunk")}
         masks = {name: arguments["batch"][name] for name in ("token_mask", "atom_mask")}
-        levels = {"t": torch.tensor([[1.0, 2.0, 3.0]]), "use_conditioning": True, "use_high_precision_attention": True}
+        levels = {
+            "t": torch.tensor([[1.0, 2.0, 3.0]], device=DEVICE),
+            "use_conditioning": True,
+            "use_high_precision_attention": True,
+        }
         loss = model.diffusion_module(xl_noisy=noisy, **common, **masks, **levels).sin().sum()
         return torch.autograd.grad(loss, z)[0]
 
@@ -224,9 +230,9 @@ def test_gradients_and_training_run_openfold3s_own_code(model):
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_openfold3(model):
-    arguments = inputs() | {"noise_schedule": torch.tensor([160.0, 80.0])}
+    arguments = inputs() | {"noise_schedule": torch.tensor([160.0, 80.0], device=DEVICE)}
     exact = denoised(model, arguments)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         theirs = distance(denoised(model, arguments), exact)
         with accelerate(model, DENSE):
             ours = distance(denoised(model, arguments), exact)
