@@ -171,7 +171,11 @@ class FastMSALayer1(trunk.MSALayer):
 
 
 def _update_pairs(layer: Any, z: Tensor, pair_mask: Tensor, last: Any, rate: float) -> Tensor:
-    """Updated ``z [B, N, N, C_z]`` of a layer whose transition is ``last``; after the first step in place."""
+    """Updated ``z [B, N, N, C_z]`` of a layer whose transition is ``last``; after the first step in place.
+
+    At least in fp32, as Boltz's dropout makes it, whatever the products are in.
+    """
+    z = _wide(z)
     keep, backend = (pair_mask != 0).expand(z.shape[:-1]), layer.tri_att_start.mha.core.config.backend
 
     def dropout(columnwise: bool = False) -> Tensor | None:

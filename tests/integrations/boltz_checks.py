@@ -277,9 +277,13 @@ def test_training_through_a_decomposition_is_refused():
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_to_the_truth_as_boltz():
-    model, batch = layer("Boltz 2 Pairformer"), inputs(40)
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_layer_is_as_near_to_the_truth_as_boltzs(kind, dtype):
+    """With representations in fp32, as within a stack, and in bf16, as the first layer of a stack gets them."""
+    model, batch = layer(kind), inputs(40)
     exact = outputs(model, batch)
+    batch = batch | {name: batch[name].to(dtype) for name in "szm"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         theirs = outputs(model, batch)
         with accelerate(model, DENSE):

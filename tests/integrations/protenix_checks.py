@@ -291,16 +291,19 @@ def test_checkpoints_of_blocks_in_training():
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_to_the_truth_as_protenix():
-    model, batch = block("Pairformer"), inputs(40)
+@every_block
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_block_is_as_near_to_the_truth_as_protenixs(kind, dtype):
+    model, batch = block(kind), inputs(40, kind)
     exact = outputs(model, batch)
+    batch = batch | {name: batch[name].to(dtype) for name in "szm"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         theirs = outputs(model, batch)
         with accelerate(model, DENSE):
             ours = outputs(model, batch)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
-        assert distance(a.float(), c) < 1.2 * distance(b.float(), c)
+        assert distance(a.float(), c) <= 1.2 * distance(b.float(), c)
 
 
 @torch.no_grad()
