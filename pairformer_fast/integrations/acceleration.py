@@ -100,9 +100,10 @@ class Plan:
         """
         if not self.learnable:
             raise FactorsError("no attention here can take learned factors: they are for pair blocks of OpenFold3")
-        sizes = self.learnable.items()
-        shapes = {path: {"channels": channels, "heads": heads} for path, (channels, heads) in sizes}
-        return FactorNetworks({path: NetworkShape(**s, rank=rank, hidden=hidden) for path, s in shapes.items()})
+        shapes = {}
+        for path, (channels, heads) in self.learnable.items():
+            shapes[path] = NetworkShape(channels=channels, heads=heads, rank=rank, hidden=hidden)
+        return FactorNetworks(shapes)
 
     def check(self, networks: FactorNetworks) -> None:
         """Raise FactorsError unless there is a network of the right size for all attention that can have one."""

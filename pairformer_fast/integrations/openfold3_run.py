@@ -23,6 +23,7 @@ from typing import Any
 from openfold3.core.runners.writer import OF3OutputWriter
 from openfold3.projects.of3_all_atom.config.model_config import model_config
 from openfold3.projects.of3_all_atom.model import OpenFold3
+from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 from openfold3.run_openfold import cli
 from pydantic import ValidationError
 
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> list[str]:
 @contextmanager
 def flashbias_flag() -> Iterator[None]:
     """Within this context OpenFold3's model configuration has the flag, and models that are built honour it."""
-    construct, forward = OpenFold3.__init__, OpenFold3.forward
+    construct, forward, predict = OpenFold3.__init__, OpenFold3.forward, OpenFold3AllAtom.predict_step
 
     def construct_with_flag(self: Any, config: Any) -> None:
         attention = Switch(config.settings.memory)
@@ -80,6 +81,10 @@ def flashbias_flag() -> Iterator[None]:
         self._flashbias.log()
         return result
 
+    def predict_if_trained(self: Any, *arguments: Any, **options: Any) -> Any:
+        self.model._flashbias.check_prediction()
+        return predict(self, *arguments, **options)
+
     memory = model_config.settings.memory
     with model_config.unlocked():
         for mode, default in DEFAULTS.items():
@@ -87,11 +92,13 @@ def flashbias_flag() -> Iterator[None]:
             memory[mode][OPTIONS] = default.model_dump(mode="json") | {FACTORS: None}
     # The class itself stays: its name is in the checkpoints.
     OpenFold3.__init__, OpenFold3.forward = construct_with_flag, forward_with_flag
+    OpenFold3AllAtom.predict_step = predict_if_trained
     try:
         with trained_networks():
             yield
     finally:
         OpenFold3.__init__, OpenFold3.forward = construct, forward
+        OpenFold3AllAtom.predict_step = predict
         with model_config.unlocked():
             for mode in DEFAULTS:
                 del memory[mode][FLAG], memory[mode][OPTIONS]
@@ -139,7 +146,7 @@ class Switch:
         if not self._learned("eval"):
             return
         mode = "train" if self._learned("train") else "eval"
-        config, file = self._wanted[mode], self._files[mode]
+        config, file = self._wanted[mode], self._files["train"] or self._files["eval"]
         assert config is not None
         where = f"settings.memory.{mode}.{OPTIONS} of the runner YAML"
         wanted = plan(model)
@@ -156,6 +163,14 @@ class Switch:
             missing = "rank, of fresh networks, or " if mode == "train" else ""
             raise InputError(f"{where}: bias 'learned' needs {missing}{FACTORS}, the file of networks")
         add_networks(model, self._networks.requires_grad_(mode == "train"))
+
+    def check_prediction(self) -> None:
+        """Raise InputError if a prediction would take networks that were never trained."""
+        if self._networks is not None and not any(self._files.values()):
+            raise InputError(
+                f"settings.memory.eval.{OPTIONS} of the runner YAML: prediction with bias 'learned' needs {FACTORS}, "
+                "the file of networks"
+            )
 
     def set(self, model: Any) -> None:
         """Make the attention of ``model`` what its mode asks for.

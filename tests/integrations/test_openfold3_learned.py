@@ -151,6 +151,13 @@ def test_settings_that_cannot_work_say_what_to_change(flags, message):
         OpenFold3(configuration("predict", **flags))
 
 
+def test_fresh_networks_are_not_predicted_with():
+    with flashbias_flag():
+        runner = OF3ProjectEntry().runner(configuration("predict", train=FLAGS, eval=FLAGS))
+        with pytest.raises(InputError, match="prediction with bias 'learned' needs factors"):
+            runner.predict_step({}, 0)
+
+
 def fit(folder: Path, checkpoint: Path | None = None) -> tuple[pl.LightningModule, FactorTraining]:
     """Runner and callback after two steps of an epoch, with one checkpoint in the folder."""
     pl.seed_everything(7)
