@@ -20,7 +20,7 @@ from pairformer_fast.bias import set_attention
 from pairformer_fast.config import AttentionConfig, Backend
 from pairformer_fast.training.dataset import AntibodyDataset, Augmentation, Batch, MixtureSampler, collate
 from pairformer_fast.training.evaluate import evaluate
-from pairformer_fast.training.losses import term_weights
+from pairformer_fast.training.losses import term_scales, term_weights
 from pairformer_fast.training.origin import gpu_seconds
 from pairformer_fast.training.run import Run
 from pairformer_fast.training.settings import TrainConfig, TrainSettings
@@ -135,7 +135,7 @@ def _step(run: Run, gradients: GradientStep, batch: Batch, settings: TrainSettin
         group["lr"] = settings.learning_rate * schedule(run.step, settings)
     run.model.train()
     progress = settings.loss_from + (1 - settings.loss_from) * run.step / settings.steps
-    losses = gradients(batch, recycles, term_weights(progress))
+    losses = gradients(batch, recycles, term_weights(progress) * term_scales(settings.loss_scale))
     norm = nn.utils.clip_grad_norm_(run.parameters, settings.gradient_norm)
     if norm.isfinite():
         run.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def term_weights(progress: float) -> Tensor:
     """Weights of all terms ``[terms]`` at a share ``progress`` of the run."""
     return torch.tensor([weight.at(progress) for weight in WEIGHTS.values()])
+
+
+def term_scales(scales: Mapping[str, float]) -> Tensor:
+    """Factors of the weights of all terms ``[terms]``, 1 where none is given."""
+    return torch.tensor([scales.get(name, 1.0) for name in WEIGHTS])
 
 
 def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights: Tensor) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod, Frozen, ModelConfig
+from pairformer_fast.training.losses import WEIGHTS
 
 
 class TrainSettings(Frozen):
@@ -23,6 +24,8 @@ class TrainSettings(Frozen):
     loss_from : float
         Share of the schedule of the loss's weights at which the run starts: 1 keeps their last values, for weights that
         have been through it.
+    loss_scale : dict
+        Factors of the weights of single terms of the loss.
     padded_lengths : tuple of int
         Batches are padded to one of these, so that few CUDA graphs serve them all.
     heavy_only, light_only, swapped : float
@@ -39,6 +42,7 @@ class TrainSettings(Frozen):
     gradient_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     loss_from: float = Field(default=0.0, ge=0, le=1)
+    loss_scale: dict[str, float] = Field(default={})
     max_recycles: int = Field(default=1, ge=0)
     mixture: dict[str, float] = Field(default={"sabdab": 0.5, "covabdab": 0.5})
     padded_lengths: tuple[int, ...] = (136, 240, 256)
@@ -47,6 +51,14 @@ class TrainSettings(Frozen):
     swapped: float = Field(default=0.1, ge=0, le=1)
     log_every: int = Field(default=50, ge=1)
     save_every: int = Field(default=500, ge=1)
+
+    @field_validator("loss_scale")
+    @classmethod
+    def _terms_exist(cls, scales: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(scales.keys() - WEIGHTS.keys())
+        if unknown or min(scales.values(), default=0) < 0:
+            raise ValueError(f"must give a factor of at least 0 to some of {', '.join(WEIGHTS)}, but got {scales}")
+        return scales
 
 
 class TrainAttention(Frozen):

@@ -18,13 +18,15 @@ from pairformer_fast.model.checkpoint import CheckpointError, checkpoint_metadat
 from pairformer_fast.training.loop import STATE_FILE, WEIGHTS_FILE, train
 from pairformer_fast.training.origin import origin_facts
 from pairformer_fast.training.run import Run
-from pairformer_fast.training.settings import TrainAttention
+from pairformer_fast.training.settings import TrainAttention, TrainSettings
 
 from .test_learned import LEARNED
 from .test_loop import CONFIG, STEPS, assert_same_run, data, log, one_thread
 
 CPU = torch.device("cpu")
-SHORT = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"steps": 3, "loss_from": 1.0})})
+SHORT = CONFIG.model_copy(
+    update={"train": CONFIG.train.model_copy(update={"steps": 3, "loss_from": 1.0, "loss_scale": {"peptide": 0.5}})}
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_a_run_starts_from_the_given_weights_and_says_so(data: Path, weights: Pa
     # the weights of the loss are the last ones from the first step on
     assert first["total"] == pytest.approx(
         first["fape_backbone"] + first["fape_atoms"] + 0.5 * first["torsion"] + first["lddt"]
-        + 0.3 * first["distogram"] + 0.3 * first["peptide"] + 0.02 * (first["plddt"] + first["pae"]), abs=2e-3,
+        + 0.3 * first["distogram"] + 0.15 * first["peptide"] + 0.02 * (first["plddt"] + first["pae"]), abs=2e-3,
     )  # fmt: skip
     earlier = checkpoint_metadata(weights)
     assert last["origin"] == origin_facts(weights, BiasMethod.DENSE)
@@ -139,3 +141,8 @@ def test_script_reports_a_missing_start(script: Callable[[str], ModuleType], dat
     assert result.exit_code == 2
     assert "no checkpoint at" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_factor_of_an_unknown_term_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"some of fape_backbone, .* but got \{'bonds': 1\.0\}"):
+        TrainSettings(loss_scale={"bonds": 1.0})
