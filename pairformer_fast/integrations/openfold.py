@@ -10,7 +10,7 @@ transitions where Triton runs. All other attention is not touched.
 Two things differ from OpenFold on purpose. A row whose keys are all masked gives zeros, where OpenFold averages over
 masked values; this concerns padding alone if a residue that the sequence masks is masked in every row of the MSA, rows
 of template angles included. And the host's flags for chunks, checkpoints of chunks, in-place work and kernels do not
-reach attention, which never holds a table of all its weights.
+reach attention, which never holds a table of all its weights, and without gradients works on large inputs in slabs.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -35,9 +35,14 @@ from pairformer_fast.integrations.acceleration import (
     instance_obstacle,
     sort_out,
 )
+from pairformer_fast.model.attention import SAMPLED_ROWS
+from pairformer_fast.model.slabs import rows_at_a_time
 
 ROWS_AT_ONCE = 256
 """Rows of the pair representation that are normalised for its bias at once, as in OpenFold."""
+
+LARGEST_TEMPORARIES = 5
+"""Of attention, each with the width of all heads: q, k, v, what they make, gate."""
 
 
 class FastAttention(Attention):
@@ -65,23 +70,38 @@ class FastAttention(Attention):
         if biases is None or len(biases) != 2:
             return super().forward(q_x, kv_x, biases, *limits, **kernel_flags)
         mask_bias, pair_bias = biases
-        q, k, v = (
-            linear(x).unflatten(-1, (self.no_heads, -1))
-            for linear, x in ((self.linear_q, q_x), (self.linear_k, kv_x), (self.linear_v, kv_x))
-        )
-        *batch, rows, tokens, heads, dim = q.shape
-        bias = pair_bias.squeeze(-4).to(q.dtype).expand(*batch, heads, tokens, tokens)
-        keep = (mask_bias == 0)[..., 0, 0, :].expand(*batch, rows, tokens)
-        out = self.core(
-            *(x.reshape(-1, rows, tokens, heads, dim) for x in (q, k, v)),
-            bias.reshape(-1, heads, tokens, tokens),
-            keep.reshape(-1, rows, tokens),
-        )
-        return self._wrap_up(out.reshape(q.shape), q_x)
+        *batch, rows, tokens, _ = q_x.shape
+        keep = (mask_bias == 0)[..., 0, 0, :].expand(*batch, rows, tokens).reshape(-1, rows, tokens)
+        bias = pair_bias.squeeze(-4).expand(*batch, self.no_heads, tokens, tokens)
+        bias = bias.reshape(-1, self.no_heads, tokens, tokens)
+        slab = rows_at_a_time(q_x.reshape(-1, *q_x.shape[-3:]), LARGEST_TEMPORARIES * len(self.linear_q.weight))
+        if slab is None:
+            q, k, v = self._heads(q_x, kv_x)
+            return self._output(self.core(q, k, v, bias.to(q.dtype), keep), q_x)
+        some = slice(None, None, -(-rows // SAMPLED_ROWS))
+        q, k, _ = self._heads(q_x[..., some, :, :], kv_x[..., some, :, :])
+        decided = self.core.decide(q, k, bias.to(q.dtype), keep[:, some])
+        out = q.new_empty(q_x.shape)
+        for start in range(0, rows, slab):
+            part = slice(start, start + slab)
+            q, k, v = self._heads(q_x[..., part, :, :], kv_x[..., part, :, :])
+            attended = self.core.attend(q, k, v, decided, keep[:, part])
+            out[..., part, :, :] = self._output(attended, q_x[..., part, :, :])
+        return out
+
+    def _heads(self, q_x: Tensor, kv_x: Tensor) -> list[Tensor]:
+        """q, k and v ``[B, I, N, H, D]``, whatever the leading dimensions of ``[*, I, N, C]``."""
+        layers = (self.linear_q, q_x), (self.linear_k, kv_x), (self.linear_v, kv_x)
+        split = (linear(x).unflatten(-1, (self.no_heads, -1)) for linear, x in layers)
+        return [x.reshape(-1, *x.shape[-4:]) for x in split]
+
+    def _output(self, attended: Tensor, q_x: Tensor) -> Tensor:
+        """Gated and projected, ``[*, I, N, C]``."""
+        return self._wrap_up(attended.view(*q_x.shape[:-1], *attended.shape[-2:]), q_x)
 
 
 class FastTriangleAttention(TriangleAttention):
-    """Triangle attention that is not cut into chunks of rows: one factorisation serves all of them."""
+    """Triangle attention that OpenFold does not cut into chunks of rows: one factorisation serves all of them."""
 
     def _chunk(self, x: Tensor, biases: list[Tensor], *_limits: Any, **_flags: Any) -> Tensor:
         return self.mha(q_x=x, kv_x=x, biases=biases)

@@ -6,6 +6,7 @@ Where ``import openfold`` works already, whatever the release: ``pytest tests/in
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from pairformer_fast.bias import Configured, PairBiasAttention, collect_reports
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.openfold_flag import accelerate_as_configured, flashbias_flag
 from pairformer_fast.integrations.openfold_updates import NEW_CLASS
+from pairformer_fast.model import slabs
 from tests.kernels.conftest import mended_interpreter  # noqa: F401 -- a fixture
 
 C_M, C_Z, SEQUENCES = 24, 16, 5
@@ -328,6 +330,38 @@ def test_row_attention_of_an_msa(leading):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [DENSE, full_rank(70)], ids=["dense", "factors"])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+def test_slabs_of_attention(leading, config, monkeypatch):
+    """Some rows at a time, as for large inputs; decisions about the bias are made once, on a sample of rows."""
+    n = 70
+    model = with_random_weights(
+        nn.ModuleList([TriangleAttentionEndingNode(C_Z, 8, 2), MSARowAttentionWithPairBias(C_M, C_Z, 4, 2)])
+    )
+    ending, row = model
+    z, m = torch.randn(*leading, n, n, C_Z), torch.randn(*leading, n + 3, n, C_M)
+    z_mask, m_mask = (torch.rand(x.shape[:-1]) > 0.2 for x in (z, m))
+    expected = ending(z, z_mask.float()), row(m, z, m_mask.float())
+    monkeypatch.setattr(slabs, "SMALLEST_BYTES", 0)
+    attended = []
+    monkeypatch.setattr(PairBiasAttention, "attend", count_rows(attended, PairBiasAttention.attend))
+    with accelerate(model, config) as acceleration:
+        found = ending(z, z_mask.float()), row(m, z, m_mask.float())
+    assert attended == [64, 6, 64, 9]
+    assert len(acceleration.reports()) == 2
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def count_rows(counts: list[int], attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def attend_and_count(self, q, *others):
+        counts.append(q.shape[1])
+        return attend(self, q, *others)
+
+    return attend_and_count
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("option", [{"chunk_size": 4}, {"inplace_safe": True}, {"use_lma": True}])
 def test_flags_of_the_host(option):
     model, batch = block(), inputs(17)
@@ -368,11 +402,12 @@ def test_an_entry_of_padding_alone_is_finite_and_disturbs_nothing():
             assert distance(z[batch["pair_mask"] > 0], expected[1]) < 1e-5
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_openfold():
-    model, batch = block(), inputs(40)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_is_as_near_to_the_truth_as_openfold(device):
+    model, batch = block().to(device), {name: x.to(device) for name, x in inputs(40).items()}
     with torch.no_grad():
         exact = outputs(model, batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             theirs = outputs(model, batch)
             with accelerate(model, DENSE):
                 ours = outputs(model, batch)
