@@ -7,6 +7,9 @@ orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as
 the diffusion module runs, biases and all else that its steps have in common are computed once
 (:mod:`~pairformer_fast.integrations.openfold3_sampling`).
 
+Learned factors are for the triangle attention of whole pair blocks and for single attention; templates, whose blocks
+are others, and the diffusion transformer keep their dense bias.
+
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
 and kernels do not reach attention, which never holds a table of all its weights.

@@ -117,7 +117,8 @@ class _Scaled(NamedTuple):
 def _scaled(norms: Sequence[Any], name: str) -> list[_Scaled]:
     """Layers of adaptive layer norms that read the normalised ``s`` before its scale, which goes into their weights."""
     layers = [(getattr(norm, name), norm.layer_norm_s.weight) for norm in norms]
-    return [_Scaled(layer.weight * scale, layer.bias) for layer, scale in layers]
+    wide = torch.promote_types(layers[0][1].dtype, torch.float32)
+    return [_Scaled(layer.weight.to(wide) * scale, layer.bias) for layer, scale in layers]
 
 
 class Transition:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pairformer_fast.bias import FactorNetworks, FactorsError
 from pairformer_fast.bias.learned import side_file
+from pairformer_fast.model.factors import CORE
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,14 @@ def add_networks(model: nn.Module, networks: FactorNetworks) -> None:
     """Make the parameters of networks those of a model; if they are trained, projections to dense biases are frozen."""
     added = SideParameters(networks)
     model.add_module(NAME, added)
-    for path in networks if added.trained else ():
-        attention = model.get_submodule(path.removesuffix(".mha.core"))
+    if added.trained:
+        _freeze_projections(model, networks)
+
+
+def _freeze_projections(model: nn.Module, networks: FactorNetworks) -> None:
+    """Those to dense biases get no gradient, and with several GPUs a parameter without gradient is an error."""
+    for path in networks:
+        attention = model.get_submodule(path.removesuffix(f".{CORE}"))
         attention.get_submodule("linear_z").requires_grad_(False)
 
 
@@ -167,6 +174,7 @@ class FactorTraining(pl.Callback):
 def trained_networks() -> Iterator[None]:
     """Within this context OpenFold3's runner trains the networks of its model."""
     callbacks, confidence = OpenFold3AllAtom.configure_callbacks, OpenFold3AllAtom._identify_confidence_params
+    freeze = OpenFold3AllAtom._freeze_model_params
 
     def configure_callbacks(self: Any) -> list[Any]:
         added = networks_in_training(self.model)
@@ -179,14 +187,26 @@ def trained_networks() -> Iterator[None]:
         if added is not None:
             self.confidence_param_names |= {f"{NAME}.{name}" for name in added.of_confidence()}
 
-    with _replaced(configure_callbacks), _replaced(identify_confidence_params, "_identify_confidence_params"):
+    def freeze_model_params(self: Any, exempt_submodule: list[nn.Module]) -> None:
+        """In training of confidence alone, its networks are trained."""
+        freeze(self, exempt_submodule)
+        added = networks_in_training(self.model)
+        if added is not None:
+            _freeze_projections(self.model, added.networks)
+            for path in added.networks:
+                added.networks[path].requires_grad_(path.startswith(CONFIDENCE))
+
+    with (
+        _replaced("configure_callbacks", configure_callbacks),
+        _replaced("_identify_confidence_params", identify_confidence_params),
+        _replaced("_freeze_model_params", freeze_model_params),
+    ):
         yield
 
 
 @contextmanager
-def _replaced(method: Callable[..., Any], name: str | None = None) -> Iterator[None]:
+def _replaced(name: str, method: Callable[..., Any]) -> Iterator[None]:
     """A method of OpenFold3's runner."""
-    name = method.__name__ if name is None else name
     inherited = name not in vars(OpenFold3AllAtom)
     before = getattr(OpenFold3AllAtom, name)
     setattr(OpenFold3AllAtom, name, method)

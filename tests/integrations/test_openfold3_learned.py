@@ -158,6 +158,21 @@ def test_fresh_networks_are_not_predicted_with():
             runner.predict_step({}, 0)
 
 
+def test_training_of_confidence_alone_trains_its_networks_alone():
+    with flashbias_flag():
+        runner = OF3ProjectEntry().runner(configuration("train", train=FLAGS, eval=FLAGS))
+        runner._freeze_model_params([runner.model.aux_heads.pairformer_embedding])
+        runner._identify_confidence_params()
+    trained = {name for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
+    of_networks = {name for name in trained if name.startswith("flashbias_networks.")}
+    assert len(of_networks) == 3 * (2 + 6 + 6), "a layer norm and two networks of three layers for each attention"
+    assert all("aux_heads" in name for name in trained)
+    assert of_networks <= runner.confidence_param_names
+    assert not [
+        name for name in trained if name.endswith(("tri_att_start.linear_z.weight", "attn_pair_bias.linear_z.weight"))
+    ]
+
+
 def fit(folder: Path, checkpoint: Path | None = None) -> tuple[pl.LightningModule, FactorTraining]:
     """Runner and callback after two steps of an epoch, with one checkpoint in the folder."""
     pl.seed_everything(7)
