@@ -138,11 +138,11 @@ def backward(
         do, scaled, delta, grads["gate"] = _prepare(dout, dlse, out, lse, gate)
         problem = _Problem(q, k, v, do, scaled, delta, terms, mask)
         if needs & {"q", "phi_q"}:
-            grads["q"] = room(q, packed, 0)
-            grads["phi_q"] = _own(problem, tiles.get("backward_dq"), grads["q"])
+            grads["q"] = dq = room(q, packed, 0)
+            grads["phi_q"] = _own(problem, tiles.get("backward_dq"), dq)
         if needs & {"k", "v", "phi_k"}:
-            grads["k"], grads["v"] = room(k, packed, 1), room(v, packed, 2)
-            grads["phi_k"] = _own(problem, tiles.get("backward_dkv"), grads["k"], grads["v"])
+            grads["k"], grads["v"] = dk, dv = room(k, packed, 1), room(v, packed, 2)
+            grads["phi_k"] = _own(problem, tiles.get("backward_dkv"), dk, dv)
         if "dense" in needs:
             grads["dense"] = _pairs(problem, tiles.get("backward_pairs"))
     return Gradients(*(grads.get(name) if name in needs else None for name in Gradients._fields))

@@ -176,7 +176,10 @@ def consumer(
             b_phi = phi_own_buf.index(c).reshape([OWN, BLOCK_R])
         if LOW_RANK and HELD:
             b_phi = b_phi.load(own_operand)
-        for group in range(i_chunk * chunk, min((i_chunk + 1) * chunk, groups)):
+        last = min((i_chunk + 1) * chunk, groups)
+        gl.assume(i_chunk * chunk < last)
+        gl.assume(other_blocks > 0)
+        for group in range(i_chunk * chunk, last):
             slot = place * CONSUMERS + c
             own0, own1, grad0, grad1, own_lse, own_delta, keep = (), (), (), (), (), (), ()
             for g in gl.static_range(GROUP):
@@ -199,8 +202,6 @@ def consumer(
                 b_own1 = own1_buf.index(slot * GROUP + g).reshape([OWN, BLOCK_D])
                 own0 = append(own0, b_own0.load(own_operand) if HELD else b_own0)
                 own1 = append(own1, b_own1.load(own_operand) if HELD else b_own1)
-            if HELD:
-                mbarrier.arrive(own_empty.index(slot), count=1)
             for n in range(other_blocks):
                 kept = load_states(states, b, group, rows, n * BLOCK // FLAG_TILE, GROUP, MASKED and not KEYS)
                 x = block * CONSUMERS + c
@@ -264,6 +265,9 @@ def consumer(
                 if KEYS:
                     grad1 = done[GROUP : 2 * GROUP]
                 mbarrier.arrive(empty.index(stage), count=1)
+                if HELD:
+                    # Once products have read the registers: before that the loads may still be under way.
+                    mbarrier.arrive(own_empty.index(slot), count=1, pred=n == 0)
                 stage, phase = advance(stage, phase, STAGES)
             if not HELD:
                 mbarrier.arrive(own_empty.index(slot), count=1)

@@ -180,8 +180,6 @@ def consumer(
         if BIAS == FACTORS or BIAS == MIXED:
             b_phi_q = phi_q_buf.index(slot).reshape([OWN, BLOCK_R])
             phi_q = b_phi_q.load(own_operand) if PLACES == 1 else b_phi_q
-        if PLACES == 1:
-            mbarrier.arrive(q_empty.index(slot), count=1)
         seen = no_keys(GROUP)
 
         for n in range(key_blocks):
@@ -218,6 +216,9 @@ def consumer(
             else:
                 acc = warpgroup_mma_wait(0, deps=acc)
             mbarrier.arrive(empty.index(stage), count=1)
+            if PLACES == 1:
+                # Once products have read the registers: before that the loads may still be under way.
+                mbarrier.arrive(q_empty.index(slot), count=1, pred=n == 0)
             stage, phase = advance(stage, phase, STAGES)
 
         if PLACES > 1:

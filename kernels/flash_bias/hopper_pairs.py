@@ -123,10 +123,10 @@ def consumer(
             b_lse = lse_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
             b_delta = delta_buf.index(slot).reshape([OWN]).load(by_row)[:, None]
             s, dp = warpgroup_mma_wait(0, deps=(next_s, next_dp))
-            mbarrier.arrive(empty.index(stage), count=1)
             p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + scale, b_bias) - b_lse)  # [64, 64]
             p = drop_keys(p, kept[0], mask, b, i, n * OWN, keys, OWN, MASKED, False)
             total_ds = gl.fma(p, dp - b_delta, total_ds)
+            mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = advance(stage, phase, STAGES)
         total_ds = gl.where(wanted != 0, total_ds, 0.0)
         share = ((b.to(gl.int64) * chunks + i_chunk) * H + h) * queries * keys

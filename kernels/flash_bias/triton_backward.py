@@ -133,11 +133,11 @@ def backward(
         problem = _Problem(q, k, v, do, lse, delta, terms, mask, pair_mask)
         ends = None
         if needs & {"q", "phi_q", "table"}:
-            grads["q"] = room(q, packed, 0)
-            grads["phi_q"], ends = _dq(problem, grads["q"], chosen["backward_dq"], needs, band_tile)
+            grads["q"] = dq = room(q, packed, 0)
+            grads["phi_q"], ends = _dq(problem, dq, chosen["backward_dq"], needs, band_tile)
         if needs & {"k", "v", "phi_k"}:
-            grads["k"], grads["v"] = room(k, packed, 1), room(v, packed, 2)
-            grads["phi_k"] = _dkv(problem, grads["k"], grads["v"], chosen["backward_dkv"], needs)
+            grads["k"], grads["v"] = dk, dv = room(k, packed, 1), room(v, packed, 2)
+            grads["phi_k"] = _dkv(problem, dk, dv, chosen["backward_dkv"], needs)
         if "dense" in needs:
             grads["dense"] = _ddense(problem, chosen["backward_pairs"])
         if "table" in needs:

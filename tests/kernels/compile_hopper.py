@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton.compiler
-from machine_code import disassemble, overwritten_operands, products_from_registers
+from machine_code import arrivals, disassemble, overwritten_operands, products_from_registers, unfinished_loads
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -24,6 +24,8 @@ from pairformer_fast.kernels.flash_bias.hopper_tiles import Widths, choose
 
 RANK, TOKENS = 32, {"forward": 1024, "backward_dq": 768, "backward_dkv": 1024, "backward_pairs": 768}
 """Lengths at which the table chooses different numbers of consumers."""
+SHORT = 128
+"""Few blocks, so that the producer is far ahead and waits for tiles to be given back."""
 
 MASK, STATES = ("*u8", "i64", "i64"), ("*u8", "i32")
 
@@ -41,17 +43,21 @@ def vector(length: int) -> str:
 def problems() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     """Name, kernel, argument types and constants of what production runs."""
     rank = padded(RANK)
-    for kind, dim, bias, masked in (
-        ("forward", 32, FACTORS, False),
-        ("forward", 32, MIXED, True),
-        ("forward", 64, FACTORS, True),
-        ("backward_dq", 32, FACTORS, False),
-        ("backward_dkv", 32, FACTORS, True),
-        ("backward_dkv", 64, DENSE, False),
-        ("backward_pairs", 32, MIXED, True),
+    for kind, dim, bias, masked, tokens in (
+        ("forward", 32, FACTORS, False, None),
+        ("forward", 32, MIXED, True, None),
+        ("forward", 64, FACTORS, True, None),
+        ("forward", 32, DENSE, True, SHORT),
+        ("backward_dq", 32, FACTORS, False, None),
+        ("backward_dq", 32, DENSE, True, SHORT),
+        ("backward_dkv", 32, FACTORS, True, None),
+        ("backward_dkv", 64, DENSE, False, None),
+        ("backward_dkv", 32, DENSE, True, SHORT),
+        ("backward_dkv", 32, FACTORS, True, SHORT),
+        ("backward_pairs", 32, MIXED, True, None),
     ):
-        width = padded(dim)
-        tiles = choose(kind, TOKENS[kind], TOKENS[kind], Widths(width, rank, bias is not FACTORS))
+        width, tokens = padded(dim), tokens or TOKENS[kind]
+        tiles = choose(kind, tokens, tokens, Widths(width, 0 if bias is DENSE else rank, bias is not FACTORS))
         own, streamed = descriptor(1, 1, OWN.value, 1, width), descriptor(1, 1, tiles.block, 1, width)
         factors = descriptor(1, 1, OWN.value, rank), descriptor(1, 1, tiles.block, rank)
         dense = descriptor(1, 1, OWN.value, tiles.block)
@@ -75,7 +81,7 @@ def problems() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
             types |= {"own0_desc": own, "own1_desc": own, "other0_desc": streamed, "other1_desc": streamed}
             types |= {"phi_own_desc": factors[0], "phi_other_desc": factors[1], "sizes": ("i32",) * 9}
             types |= dict.fromkeys(("lse_desc", "delta_desc"), vector(tiles.block))
-            types |= {"statistics": ("*fp32", "*fp32", "i32"), "outputs": ("*bf16", "*bf16", "*fp32")}
+            types |= {"statistics": ("*fp32", "*fp32", "i32"), "outputs": ("*bf16", "*bf16", "*fp32", "i32")}
             constants |= {"R": RANK, "KEYS": kind == "backward_dkv"}
             yield kind, hopper_backward_kernels.backward_kernel, types, constants
 
@@ -92,6 +98,7 @@ def main() -> None:
         found |= {"wgmma": ptx.count("wgmma.mma_async"), "copies": ptx.count("cp.async.bulk.tensor")}
         code = disassemble(compiled.asm["cubin"])
         found |= {"from_registers": products_from_registers(code), "overwritten": overwritten_operands(code)}
+        found |= {"unfinished": unfinished_loads(code), "arrivals": arrivals(code)}
         print(json.dumps(found), flush=True)
 
 

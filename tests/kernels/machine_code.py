@@ -1,7 +1,13 @@
-"""Look for a miscompilation in sm_90 machine code: tensor cores that read registers which something else took over.
+"""Look for two faults in sm_90 machine code that tests on a GPU may miss.
 
-The left operand of a product may be held in registers for a whole loop. ptxas 12.8 and 13.0 were found to give such
-registers to another value inside the loop. In sound code all definitions that reach an operand are of one kind.
+Tensor cores that read registers which something else took over: the left operand of a product may be held in registers
+for a whole loop. ptxas 12.8 and 13.0 were found to give such registers to another value inside the loop. In sound code
+all definitions that reach an operand are of one kind.
+
+Shared memory that is given back too early: a barrier says that a tile has been read, and the copy engine may overwrite
+it, while a load from it is still under way. Neither the barrier nor the synchronisation of the warps before it waits
+for loads; only an instruction that needs their result does. Loads can be late because stores to global memory are in
+front of them in the queue. It made a few gradients in a thousand wrong at N = 128.
 """
 
 import re
@@ -20,6 +26,11 @@ LOADS = {"LDSM", "LDL"}
 NO_RESULT = ("ST", "BRA", "RED", "BAR", "SYNCS", "WARP", "EXIT", "NOP", "ISETP", "FSETP", "PLOP", "MEMBAR", "R2UR")
 
 
+CONTROL = 41
+"""Bit of the second word from which on it says what an instruction waits for."""
+NO_SCOREBOARD = 7
+
+
 class Instruction(NamedTuple):
     """One line of disassembly."""
 
@@ -27,6 +38,10 @@ class Instruction(NamedTuple):
     name: str
     writes: tuple[int, ...]
     text: str
+    sets: int | None
+    """Scoreboard that is taken until the result is there."""
+    waits: int
+    """Bits of the scoreboards that must be free before."""
 
 
 def disassemble(cubin: bytes) -> str:
@@ -35,7 +50,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, "-c", "-hex", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def overwritten_operands(code: str) -> list[str]:
@@ -64,6 +79,42 @@ def overwritten_operands(code: str) -> list[str]:
     return found
 
 
+def unfinished_loads(code: str) -> list[str]:
+    """Arrivals at a barrier that loads from shared memory may outlast.
+
+    Parameters
+    ----------
+    code : str
+        Output of :func:`disassemble`.
+
+    Returns
+    -------
+    list of str
+        One line an arrival, with the scoreboards of the loads.
+    """
+    instructions, before = _flow(code)
+    after: list[int] = [0] * len(instructions)
+    changed = True
+    while changed:
+        changed = False
+        for index, instruction in enumerate(instructions):
+            pending = 0
+            for j in before[index]:
+                pending |= after[j]
+            pending &= ~instruction.waits
+            if instruction.name.startswith(("LDS.", "LDSM")) and instruction.sets is not None:
+                pending |= 1 << instruction.sets
+            changed |= pending != after[index]
+            after[index] = pending
+    arrivals = [index for index, x in enumerate(instructions) if x.name.startswith("SYNCS.ARRIVE")]
+    return [f"{instructions[index].text}: scoreboards {after[index]:06b}" for index in arrivals if after[index]]
+
+
+def arrivals(code: str) -> int:
+    """How many arrivals at barriers there are."""
+    return sum(instruction.name.startswith("SYNCS.ARRIVE") for instruction in _flow(code)[0])
+
+
 def products_from_registers(code: str) -> int:
     """How many products have their left operand in registers."""
     return len(OPERAND.findall(code))
@@ -72,14 +123,20 @@ def products_from_registers(code: str) -> int:
 def _flow(code: str) -> tuple[list[Instruction], list[list[int]]]:
     """Instructions, and for each those that may run just before it."""
     instructions, labels, pending = [], {}, []
-    for line in code.split("\n"):
+    lines = code.split("\n")
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if label := re.match(r"\.(L_x_\d+):", line):
             pending.append(label[1])
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;?\s*$", line):
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/", line):
             labels |= dict.fromkeys(pending, len(instructions))
             pending = []
             text = match[2].rstrip(" ;")
-            instructions.append(Instruction(match[1] is not None, text.split(" ", 1)[0], _writes(text), text))
+            control = int(following.strip().strip("/* "), 16) >> CONTROL
+            board = control >> 5 & 7
+            sets = None if board == NO_SCOREBOARD else board
+            name = text.split(" ", 1)[0]
+            found = Instruction(match[1] is not None, name, _writes(text), text, sets, control >> 11 & 63)
+            instructions.append(found)
     before: list[list[int]] = [[] for _ in instructions]
     for index, instruction in enumerate(instructions):
         target = re.search(r"`\(\.(L_x_\d+)\)", instruction.text)

@@ -356,12 +356,14 @@ def test_shipped_tiles_are_right_and_repeat_bitwise(only_tiles, dim, rank, index
         assert_identical(attend(inputs), want)
 
 
+@pytest.mark.parametrize("tokens", [64, 128, 192, 256])
 @pytest.mark.parametrize("form", ["factors", "dense", "mixed"])
-def test_many_rows_repeat_bitwise(form):
-    inputs = make(Case(256, form, i=64, h=4, r=32))
+def test_many_rows_repeat_bitwise(form, tokens):
+    """With few tokens the producer is far ahead of the consumers, and overwrites what they give back at once."""
+    inputs = make(Case(tokens, form, b=4, i=tokens, h=4, r=32))
     assert hopper_takes(inputs)
     want = attend(inputs)
-    for _ in range(10):
+    for _ in range(20):
         assert_identical(attend(inputs), want)
 
 
