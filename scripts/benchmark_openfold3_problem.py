@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 from unittest.mock import patch
@@ -64,7 +65,9 @@ def build(preset: str, size: Size, device: torch.device) -> OpenFold3:
     sampling.no_samples, sampling.no_mini_rollout_steps = size.training_samples, size.training_steps
     sampling.no_full_rollout_samples, sampling.no_full_rollout_steps = size.samples, size.steps
     torch.manual_seed(0)
-    with patch.object(initialization, "trunc_normal_init_", _draw), torch.device(device):
+    # Its Fourier embedding draws with a generator of the CPU, whatever the device.
+    generators = patch.object(torch, "Generator", partial(torch.Generator, device))
+    with patch.object(initialization, "trunc_normal_init_", _draw), generators, torch.device(device):
         model = OpenFold3(config).to(device)
         for value in model.parameters():
             if value.dim() > 1 and not value.any():
