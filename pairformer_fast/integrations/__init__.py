@@ -14,8 +14,8 @@ from pairformer_fast.model.factors import HIDDEN
 
 __all__ = ["Acceleration", "Skipped", "accelerate", "factor_networks"]
 
-_HOSTS = {"openfold3": "openfold3", "openfold": "openfold", "boltz": "boltz", "protenix": "protenix"}
-"""Top-level package of a host's modules, and the module here that knows it."""
+_HOSTS = ("openfold3", "openfold", "boltz", "protenix")
+"""Top-level packages; the module here that knows one has its name."""
 
 
 def accelerate(
@@ -26,7 +26,9 @@ def accelerate(
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
     checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of Boltz and Protenix and OpenFold's
     triangle multiplications and transitions run this package's operations as a whole, so hooks on their parts are not
-    called; everything else of the host is left alone. Accelerate before ``torch.compile``.
+    called; everything else of the host is left alone. Where a layer in one of them is not the host's own, such as an
+    adapter of low rank or a forward replaced on the instance, the host's code runs around the attention, and
+    :attr:`Acceleration.skipped` says so. Accelerate after such changes, and before ``torch.compile``.
 
     Parameters
     ----------
@@ -90,10 +92,17 @@ def factor_networks(model: nn.Module, rank: int, *, hidden: int = HIDDEN) -> Fac
 
 
 def _plan(model: nn.Module) -> Plan:
-    hosts = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
-    for host in _HOSTS.keys() & hosts:
-        return import_module(f"{__name__}.{_HOSTS[host]}").plan(model)
-    raise ValueError(
-        f"{type(model).__name__} has no module of a package that can be accelerated ({', '.join(_HOSTS)}); give the "
-        "built model or a part of it, such as a Pairformer block"
-    )
+    packages = {base.__module__.partition(".")[0] for module in model.modules() for base in type(module).__mro__}
+    match [host for host in _HOSTS if host in packages]:
+        case [host]:
+            return import_module(f"{__name__}.{host}").plan(model)
+        case []:
+            raise ValueError(
+                f"{type(model).__name__} has no module of a package that can be accelerated ({', '.join(_HOSTS)}); "
+                "give the built model or a part of it, such as a Pairformer block"
+            )
+        case several:
+            raise ValueError(
+                f"{type(model).__name__} has modules of {' and '.join(several)}; accelerate the part of each package "
+                "by a call of its own"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -67,6 +67,11 @@ class Skipped:
     path: str
     cls: str
     reason: str
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module, reason: str) -> Skipped:
+        """A module that is left as it is."""
+        return cls(path, f"{type(module).__module__}.{type(module).__qualname__}", reason)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def sort_out(
         if reason is None:
             targets.append(target(path, module))
         else:
-            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
+            skipped.append(Skipped.of(path, module, reason))
     if not targets:
         looked_for = ", ".join(cls.__name__ for cls in known)
         others = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
@@ -156,6 +161,59 @@ def instance_obstacle(module: nn.Module, holder: str = "mha") -> str | None:
         return "its forward was replaced on the instance"
     if hasattr(part, CORE):
         return f"its {holder or 'module'} already has an attribute '{CORE}'"
+    return None
+
+
+def foreign_part(module: nn.Module, takes: Callable[[nn.Module], bool]) -> str | None:
+    """Path of the first part of a module, itself included, that may compute something else; None if there is none.
+
+    Weights are read here where a host calls its layers. What was put around a layer or in its place, such as an adapter
+    of low rank, or a forward that was replaced on the instance, would have no effect.
+
+    Parameters
+    ----------
+    module : nn.Module
+    takes : callable
+        Whether the operations here can stand for a part.
+    """
+    for path, part in module.named_modules():
+        if "forward" in vars(part) or not takes(part):
+            return path
+    return None
+
+
+def block_obstacle(
+    block: nn.Module,
+    path: str,
+    parts: Mapping[str, type[nn.Module]],
+    takes: Callable[[nn.Module], bool],
+    swapped: Container[str],
+) -> str | None:
+    """Why the updates of a pair representation in a block cannot run here as a whole; None if they can.
+
+    Parameters
+    ----------
+    block : nn.Module
+    path : str
+        Of the block within the model.
+    parts : mapping of str to class
+        What the block has to be made of.
+    takes : callable
+        As for :func:`foreign_part`.
+    swapped : container of str
+        Paths of the attention that is accelerated.
+    """
+    if "forward" in vars(block):
+        return "its forward was replaced on the instance"
+    for name, cls in parts.items():
+        part = block.get_submodule(name)
+        if type(part) is not cls:
+            return f"its {name} is not {cls.__name__} but {type(part).__qualname__}"
+        if (inner := foreign_part(part, takes)) is not None:
+            return f"its {name}{inner and '.'}{inner} is not the host's own, or of a kind that is not known here"
+    for name in ("tri_att_start", "tri_att_end"):
+        if f"{path}.{name}".removeprefix(".") not in swapped:
+            return f"its {name} is not accelerated"
     return None
 
 

@@ -28,6 +28,7 @@ from boltz.model.layers import pairformer, triangular_mult
 from boltz.model.layers.dropout import get_dropout_mask
 from boltz.model.layers.pair_averaging import PairWeightedAveraging
 from boltz.model.layers.transition import Transition
+from boltz.model.layers.triangular_attention import primitives
 from boltz.model.layers.triangular_attention.attention import TriangleAttention, TriangleAttentionEndingNode
 from boltz.model.layers.triangular_attention.primitives import Attention
 from boltz.model.modules import trunk
@@ -35,7 +36,16 @@ from torch import Tensor, nn
 
 from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.config import Backend
-from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
+from pairformer_fast.integrations.acceleration import (
+    NewClass,
+    Plan,
+    Skipped,
+    Target,
+    block_obstacle,
+    foreign_part,
+    instance_obstacle,
+    sort_out,
+)
 from pairformer_fast.integrations.triangles import NamedAsInOpenFold3, attend_rows, attend_triangles
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
@@ -235,6 +245,12 @@ _PARTS: dict[str, type[nn.Module]] = {
     "tri_att_end": TriangleAttentionEndingNode,
 }
 
+_KNOWN = {
+    *(nn.Linear, nn.LayerNorm, nn.Sigmoid, nn.SiLU, primitives.Linear, primitives.LayerNorm, Attention, Transition),
+    *_PARTS.values(),
+}
+"""What the parts of a layer are made of."""
+
 
 def plan(model: nn.Module) -> Plan:
     """What to swap in ``model``; nothing is changed yet.
@@ -248,25 +264,21 @@ def plan(model: nn.Module) -> Plan:
     swapped = {target.path for target in targets}
     around = {}
     for path, module in model.named_modules():
-        if type(module) in _NEW_LAYER and _whole(module, path, swapped):
-            around[path] = NewClass(module, _NEW_LAYER[type(module)][0])
+        if type(module) not in _NEW_LAYER:
+            continue
+        cls, last = _NEW_LAYER[type(module)]
+        reason = block_obstacle(module, path, _PARTS | {last: Transition}, _takes, swapped)
+        if reason is None:
+            around[path] = NewClass(module, cls)
+        else:
+            skipped.append(Skipped.of(path, module, reason))
     return Plan(targets, skipped, around)
-
-
-def _whole(layer: nn.Module, path: str, swapped: set[str]) -> bool:
-    """Whether all parts of a layer are what :func:`_update_pairs` computes, its attention swapped."""
-    parts = _PARTS | {_NEW_LAYER[type(layer)][1]: Transition}
-    found = {name: layer.get_submodule(name) for name in parts}
-    if any("forward" in vars(module) for module in (layer, *found.values())):
-        return False
-    if any(type(found[name]) is not cls for name, cls in parts.items()):
-        return False
-    attention = {f"{path}.{name}".removeprefix(".") for name in ("tri_att_start", "tri_att_end")}
-    return attention <= swapped and all(_takes(x) for part in found.values() for x in part.modules())
 
 
 def _takes(layer: nn.Module) -> bool:
     """Whether the operations here can stand for a layer: no offset or precision of its own in a linear layer."""
+    if type(layer) not in _KNOWN:
+        return False
     if isinstance(layer, nn.Linear):
         return layer.bias is None and getattr(layer, "precision", None) is None
     if isinstance(layer, Attention):
@@ -310,6 +322,6 @@ def _obstacle(module: nn.Module) -> str | None:
         return instance_obstacle(module)
     if not getattr(module, "initial_norm", True) or not getattr(module, "compute_pair_bias", True):
         return "belongs to a diffusion transformer, which stays Boltz's"
-    if not all(map(_takes, module.get_submodule("proj_z").children())):
-        return "its pair bias has an offset, or comes from a layer norm without scale"
+    if any(foreign_part(module.get_submodule(name), _takes) is not None for name in ("proj_z.0", "proj_z.1")):
+        return "its pair bias comes from layers that are not Boltz's own, has an offset, or a layer norm without scale"
     return instance_obstacle(module, "")

@@ -182,7 +182,7 @@ def plan(model: nn.Module) -> Plan:
         if (reason := updates.obstacle(module)) is None:
             around[path] = NewClass(module, updates.NEW_CLASS[type(module)])
         else:
-            skipped.append(Skipped(path, f"{type(module).__module__}.{type(module).__qualname__}", reason))
+            skipped.append(Skipped.of(path, module, reason))
     return Plan(targets, skipped, around)
 
 

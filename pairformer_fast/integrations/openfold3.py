@@ -34,15 +34,24 @@ from openfold3.core.model.layers.triangular_multiplicative_update import (
     TriangleMultiplicationIncoming,
     TriangleMultiplicationOutgoing,
 )
-from openfold3.core.model.primitives import LayerNorm
+from openfold3.core.model.primitives import DropoutRowwise, LayerNorm, Linear, SwiGLU
 from openfold3.core.model.primitives.attention import Attention, GlobalAttention
 from openfold3.core.model.structure.diffusion_module import SampleDiffusion
 from torch import Tensor, nn
 
 from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.config import Backend
-from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
-from pairformer_fast.integrations.openfold3_sampling import around_sampler
+from pairformer_fast.integrations.acceleration import (
+    NewClass,
+    Plan,
+    Skipped,
+    Target,
+    block_obstacle,
+    foreign_part,
+    instance_obstacle,
+    sort_out,
+)
+from pairformer_fast.integrations.openfold3_sampling import around_sampler, sampler_obstacle
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.attention import TriangleUpdate
@@ -204,6 +213,19 @@ _OTHER: dict[type[nn.Module], str] = {
 }
 
 
+_PARTS: dict[str, type[nn.Module]] = {
+    "tri_mul_out": TriangleMultiplicationOutgoing,
+    "tri_mul_in": TriangleMultiplicationIncoming,
+    "tri_att_start": TriangleAttention,
+    "tri_att_end": TriangleAttention,
+    "pair_transition": SwiGLUTransition,
+    "ps_dropout_row_layer": DropoutRowwise,
+}
+
+_KNOWN = {Linear, LayerNorm, Attention, SwiGLU, nn.SiLU, nn.Sigmoid, nn.Dropout, *_PARTS.values()}
+"""What the parts of a pair block are made of."""
+
+
 def plan(model: nn.Module) -> Plan:
     """What to swap in ``model``; nothing is changed yet.
 
@@ -217,12 +239,18 @@ def plan(model: nn.Module) -> Plan:
     paths = {module: path for path, module in model.named_modules()}
     around: dict[str, NewClass] = {}
     for module, path in paths.items():
-        if "forward" in vars(module):
-            continue
         if type(module) is SampleDiffusion:
-            around |= around_sampler(module, paths, swapped)
-        elif type(module) is PairBlock and _whole(module, path, swapped):
-            around[path] = NewClass(module, FastPairBlock)
+            reason = sampler_obstacle(module, paths, swapped)
+            new = {} if reason else around_sampler(module, paths)
+        elif type(module) is PairBlock:
+            reason = block_obstacle(module, path, _PARTS, _takes, swapped)
+            new = {path: NewClass(module, FastPairBlock)}
+        else:
+            continue
+        if reason is None:
+            around |= new
+        else:
+            skipped.append(Skipped.of(path, module, reason))
     learnable = dict(_learnable(targets, {path for path, change in around.items() if change.cls is FastPairBlock}))
     return Plan(targets, skipped, around, learnable)
 
@@ -238,33 +266,23 @@ def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[st
             yield core_path(path), (2 * module.linear_z.in_features + mha.linear_q.in_features, mha.no_heads)
 
 
-def _whole(block: PairBlock, path: str, swapped: set[str]) -> bool:
-    """Whether all parts of a pair block are what :class:`FastPairBlock` computes, its attention swapped."""
-    parts = {
-        "tri_mul_out": TriangleMultiplicationOutgoing,
-        "tri_mul_in": TriangleMultiplicationIncoming,
-        "tri_att_start": TriangleAttention,
-        "tri_att_end": TriangleAttention,
-        "pair_transition": SwiGLUTransition,
-    }
-    found = {name: block.get_submodule(name) for name in parts}
-    if any(type(found[name]) is not cls or "forward" in vars(found[name]) for name, cls in parts.items()):
-        return False
-    attention = {f"{path}.{name}".removeprefix(".") for name in ("tri_att_start", "tri_att_end")}
-    return attention <= swapped and all(map(_takes, block.modules()))
-
-
 def _takes(layer: nn.Module) -> bool:
     """Whether the operations here can stand for a layer: no offset in a linear layer, and a scale in a layer norm."""
-    if isinstance(layer, nn.Linear):
-        return layer.bias is None
+    if type(layer) not in _KNOWN:
+        return False
+    if isinstance(layer, Linear):
+        return layer.bias is None and layer.precision is None
+    if isinstance(layer, Attention):
+        return layer.linear_g is not None
     return not isinstance(layer, LayerNorm) or layer.weight is not None
 
 
 def _target(path: str, module: nn.Module) -> Target:
     mha = module.get_submodule("mha")
     cls = _NEW_CLASS[type(module)]
-    if cls is FastAttentionPairBias and not all(_takes(module.get_submodule(x)) for x in ("linear_z", "layer_norm_z")):
+    if cls is FastAttentionPairBias and not all(
+        foreign_part(module.get_submodule(name), _takes) is None for name in ("linear_z", "layer_norm_z")
+    ):
         cls = AttentionPairBias
     return Target(path, (NewClass(module, cls), NewClass(mha, FastAttention)), mha)
 

@@ -26,7 +26,7 @@ from openfold3.core.model.structure.diffusion_module import DiffusionModule, Sam
 from torch import Tensor, nn
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations.acceleration import NewClass
+from pairformer_fast.integrations.acceleration import NewClass, foreign_part
 from pairformer_fast.integrations.openfold3_atoms import FastAtomTransformer
 from pairformer_fast.integrations.openfold3_blocks import (
     EPS,
@@ -267,8 +267,8 @@ _IN_TRANSFORMERS = {
 }
 
 
-def around_sampler(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], swapped: set[str]) -> dict[str, NewClass]:
-    """Classes of a sampler and of the parts of its diffusion module, by path; none if they are not what is known here.
+def sampler_obstacle(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], swapped: set[str]) -> str | None:
+    """Why a sampler and its diffusion module stay OpenFold3's; None if they need not.
 
     Parameters
     ----------
@@ -279,28 +279,32 @@ def around_sampler(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], swa
         Paths of the attention that is accelerated.
     """
     denoiser: Any = sampler.diffusion_module
-    if (
-        type(denoiser) is not DiffusionModule
-        or type(getattr(denoiser, "atom_attn_dec", None)) is not AtomAttentionDecoder
-    ):
-        return {}
-    parts: dict[str, Any] = {name: denoiser.get_submodule(name) for name in _PARTS}
-    patched = ("forward", "get_atom_reps")
-    if any(type(part) is not _PARTS[name][0] or vars(part).keys() & set(patched) for name, part in parts.items()):
-        return {}
-    transformers = [part for part in parts.values() if isinstance(part, DiffusionTransformer)]
-    if not all(_known(module) for part in transformers for module in part.modules()):
-        return {}
-    attention = {paths[block.attention_pair_bias] for block in parts["diffusion_transformer"].blocks}
-    if not attention <= swapped:
-        return {}
+    if "forward" in vars(sampler):
+        return "its forward was replaced on the instance"
+    if type(denoiser) is not DiffusionModule or type(denoiser.atom_attn_dec) is not AtomAttentionDecoder:
+        return "its diffusion module is not the one that is known here"
+    for name, (cls, _) in _PARTS.items():
+        part = denoiser.get_submodule(name)
+        if type(part) is not cls or vars(part).keys() & {"forward", "get_atom_reps"}:
+            return f"{name} of its diffusion module is not OpenFold3's own"
+        inner = foreign_part(part, _known) if cls is DiffusionTransformer else None
+        if inner is not None:
+            return f"{name}.{inner} of its diffusion module is not OpenFold3's own, or of a kind that is not known here"
+    if not {paths[block.attention_pair_bias] for block in denoiser.diffusion_transformer.blocks} <= swapped:
+        return "attention of its diffusion transformer is not accelerated"
+    return None
+
+
+def around_sampler(sampler: SampleDiffusion, paths: Mapping[nn.Module, str]) -> dict[str, NewClass]:
+    """Classes of a sampler without an obstacle and of the parts of its diffusion module, by path."""
+    parts = {name: sampler.diffusion_module.get_submodule(name) for name in _PARTS}
     around = {paths[sampler]: NewClass(sampler, FastSampleDiffusion)}
     return around | {paths[part]: NewClass(part, _PARTS[name][1]) for name, part in parts.items()}
 
 
 def _known(module: nn.Module) -> bool:
     """Whether a part of a transformer of the diffusion module computes what is computed in its stead."""
-    if type(module) not in _IN_TRANSFORMERS or "forward" in vars(module):
+    if type(module) not in _IN_TRANSFORMERS:
         return False
     if isinstance(module, LayerNorm):
         return module.eps == EPS

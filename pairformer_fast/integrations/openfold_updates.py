@@ -11,10 +11,12 @@ import torch
 from openfold.model import triangular_multiplicative_update as host
 from openfold.model.evoformer import MSATransition
 from openfold.model.pair_transition import PairTransition
+from openfold.model.primitives import LayerNorm, Linear
 from openfold.utils.precision_utils import is_fp16_enabled
 from torch import Tensor, nn
 
 from pairformer_fast.bias import Configured
+from pairformer_fast.integrations.acceleration import foreign_part
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.relu_transition import relu_transition, runs_triton
 from pairformer_fast.kernels.triangle_multiplication import TriangleWeights, triangle_multiplication
@@ -160,6 +162,10 @@ if hasattr(host, "FusedTriangleMultiplicationOutgoing"):
     NEW_CLASS[host.FusedTriangleMultiplicationIncoming] = FastFusedTriangleMultiplicationIncoming
 
 
+_KNOWN = {*NEW_CLASS, Linear, LayerNorm, nn.Sigmoid, nn.ReLU}
+"""What they are made of."""
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether ``module`` is one of these of OpenFold, or a subclass."""
     return isinstance(module, tuple(NEW_CLASS))
@@ -171,4 +177,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "accelerated already; restore it first, or set another config with set_attention"
     if type(module) not in NEW_CLASS:
         return "a subclass, which may compute something else"
-    return "its forward was replaced on the instance" if "forward" in vars(module) else None
+    inner = foreign_part(module, lambda part: type(part) in _KNOWN)
+    if inner is None:
+        return None
+    return f"its {inner} is not OpenFold's own" if inner else "its forward was replaced on the instance"

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from protenix.model.modules.pairformer import MSAPairWeightedAveraging, PairformerBlock
-from protenix.model.modules.primitives import Transition
+from protenix.model.modules.primitives import Linear, Transition
 from protenix.model.modules.transformer import AttentionPairBias
+from protenix.model.triangular import layers
 from protenix.model.triangular.layers import Attention
 from protenix.model.triangular.triangular import (
     TriangleAttention,
@@ -36,7 +37,16 @@ from protenix.model.utils import is_fp16_enabled
 from torch import Tensor, nn
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations.acceleration import NewClass, Plan, Target, instance_obstacle, sort_out
+from pairformer_fast.integrations.acceleration import (
+    NewClass,
+    Plan,
+    Skipped,
+    Target,
+    block_obstacle,
+    foreign_part,
+    instance_obstacle,
+    sort_out,
+)
 from pairformer_fast.integrations.triangles import NamedAsInOpenFold3, attend_rows, attend_triangles
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
@@ -155,6 +165,12 @@ _PARTS: dict[str, type[nn.Module]] = {
     "pair_transition": Transition,
 }
 
+_NORMS = {layers.OpenFoldLayerNorm, getattr(layers, "FusedLayerNorm", layers.OpenFoldLayerNorm)}
+"""The second is there where Protenix has its CUDA extension."""
+
+_KNOWN = {Linear, layers.OpenfoldLinear, Attention, nn.Sigmoid, *_NORMS, *_PARTS.values()}
+"""What the parts of a block are made of."""
+
 
 def plan(model: nn.Module) -> Plan:
     """What to swap in ``model``; nothing is changed yet.
@@ -166,31 +182,29 @@ def plan(model: nn.Module) -> Plan:
     """
     targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
     swapped = {target.path for target in targets}
-    blocks = [(path, module) for path, module in model.named_modules() if type(module) is PairformerBlock]
-    around = {path: NewClass(block, FastPairformerBlock) for path, block in blocks if _whole(block, path, swapped)}
+    around = {}
+    for path, module in model.named_modules():
+        if type(module) is not PairformerBlock:
+            continue
+        reason = block_obstacle(module, path, _PARTS, _takes, swapped)
+        if reason is None and not module.tri_att_end.starting:
+            reason = "its tri_att_end transposes by itself"
+        if reason is None:
+            around[path] = NewClass(module, FastPairformerBlock)
+        else:
+            skipped.append(Skipped.of(path, module, reason))
     return Plan(targets, skipped, around)
-
-
-def _whole(block: nn.Module, path: str, swapped: set[str]) -> bool:
-    """Whether all parts of a block are what :class:`FastPairformerBlock` computes, its attention swapped."""
-    found = {name: block.get_submodule(name) for name in _PARTS}
-    if any("forward" in vars(module) for module in (block, *found.values())):
-        return False
-    if any(type(found[name]) is not cls for name, cls in _PARTS.items()):
-        return False
-    attention = {f"{path}.{name}".removeprefix(".") for name in ("tri_att_start", "tri_att_end")}
-    if not all(getattr(found[name], "starting", True) for name in found):  # a block transposes by itself
-        return False
-    return attention <= swapped and all(_takes(x) for part in found.values() for x in part.modules())
 
 
 def _takes(layer: nn.Module) -> bool:
     """Whether the operations here can stand for a layer: no offset or precision of its own in a linear layer."""
+    if type(layer) not in _KNOWN:
+        return False
     if isinstance(layer, nn.Linear):
         return layer.bias is None and getattr(layer, "precision", None) is None
     if isinstance(layer, Attention):
         return layer.linear_g is not None
-    return not hasattr(layer, "eps") or layer.weight is not None
+    return type(layer) not in _NORMS or layer.weight is not None
 
 
 def _target(path: str, module: nn.Module) -> Target:
@@ -231,6 +245,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return instance_obstacle(module)
     if module.has_s:
         return "belongs to a diffusion transformer, which stays Protenix's"
-    if not all(_takes(module.get_submodule(name)) for name in ("layernorm_z", "linear_nobias_z")):
-        return "its pair bias has an offset, or comes from a layer norm without scale"
+    if any(foreign_part(module.get_submodule(name), _takes) is not None for name in ("layernorm_z", "linear_nobias_z")):
+        return (
+            "its pair bias comes from layers that are not Protenix's own, has an offset, or a layer norm without scale"
+        )
     return instance_obstacle(module, "")

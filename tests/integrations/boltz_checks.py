@@ -21,6 +21,7 @@ from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
+from tests.integrations.adapters import CHANGES
 
 C_S, C_Z, C_M, SEQUENCES = 32, 24, 16, 5
 DENSE = AttentionConfig(bias="dense")
@@ -291,6 +292,20 @@ def test_under_autocast_a_layer_is_as_near_to_the_truth_as_boltzs(kind, dtype):
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         assert distance(a.float(), c) < 1.2 * distance(b.float(), c)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("path", ["tri_mul_in.g_in", "tri_att_end.linear", "transition_z.fc2", "attention.proj_z.1"])
+def test_a_layer_that_was_replaced_keeps_its_effect(path, change):
+    model, batch = layer("Boltz 2 Pairformer"), inputs(17)
+    before = outputs(model, batch)
+    change(model, path)
+    expected = outputs(model, batch)
+    assert max(map(distance, expected, before)) > 1e-3
+    with accelerate(model, DENSE) as acceleration:
+        assert_close(outputs(model, batch), expected, 1e-5)
+    assert [skipped.path for skipped in acceleration.skipped] == ["attention" if "proj_z" in path else ""]
 
 
 def test_weights_keep_their_names_and_objects_and_restore_undoes_everything():

@@ -14,6 +14,7 @@ from torch import nn
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.integrations import openfold_updates
 from pairformer_fast.integrations.openfold_updates import NEW_CLASS
+from tests.integrations.adapters import CHANGES
 from tests.integrations.openfold_cases import (
     C_Z,
     DENSE,
@@ -152,3 +153,19 @@ def test_other_updates_are_reported_and_left_alone():
     assert "instance" in reasons[path]
     assert "subclass" in reasons["variant"]
     assert type(patched) is TriangleMultiplicationOutgoing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("path", ["core.tri_mul_in.linear_a_g", "core.pair_transition.linear_2"])
+def test_a_layer_that_was_replaced_keeps_its_effect(path, change):
+    model, batch = block(), inputs(17)
+    path = path if hasattr(model, "core") else path.removeprefix("core.")  # GitHub's 2.x has no core
+    before = outputs(model, batch)
+    change(model, path)
+    expected = outputs(model, batch)
+    assert max(map(distance, expected, before)) > 1e-3
+    with accelerate(model, DENSE) as acceleration:
+        found = outputs(model, batch)
+    assert max(map(distance, found, expected)) < 1e-5
+    assert path.rpartition(".")[0] in {skipped.path for skipped in acceleration.skipped}

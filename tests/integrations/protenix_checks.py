@@ -25,6 +25,7 @@ from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
+from tests.integrations.adapters import CHANGES
 
 C_S, C_Z, C_M, SEQUENCES = 32, 24, 16, 5
 DENSE = AttentionConfig(bias="dense")
@@ -315,6 +316,20 @@ def test_in_fp16_blocks_run_protenixs_code_around_our_attention(monkeypatch):
         monkeypatch.setattr(type(model), "_update_pairs", None)
         assert_close(outputs(model, batch), expected, 1e-5)
         assert len(acceleration.reports()) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("path", ["tri_mul_in.linear_a_g", "tri_att_end.linear", "attention_pair_bias.linear_nobias_z"])
+def test_a_layer_that_was_replaced_keeps_its_effect(path, change):
+    model, batch = block("Pairformer"), inputs(17)
+    before = outputs(model, batch)
+    change(model, path)
+    expected = outputs(model, batch)
+    assert max(map(distance, expected, before)) > 1e-3
+    with accelerate(model, DENSE) as acceleration:
+        assert_close(outputs(model, batch), expected, 1e-5)
+    assert [skipped.path for skipped in acceleration.skipped] == ["attention_pair_bias" if "nobias_z" in path else ""]
 
 
 def test_weights_keep_their_names_and_objects_and_restore_undoes_everything():
