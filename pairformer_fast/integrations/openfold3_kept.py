@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,8 +33,10 @@ class Kept:
     ----------
     device : torch.device
         Whose free memory bounds what is kept.
+    parts : sequence of Keeps
+        Modules that take part.
     readers : sequence of Keeps
-        Modules that read the conditioned pair representation.
+        Those of them that read the conditioned pair representation.
 
     Attributes
     ----------
@@ -40,13 +44,27 @@ class Kept:
         Those of them that still do: others have kept what they need of it.
     """
 
-    def __init__(self, device: torch.device, readers: Sequence[Keeps]) -> None:
+    def __init__(self, device: torch.device, parts: Sequence[Keeps], readers: Sequence[Keeps]) -> None:
         self._left = int(SHARE * free_bytes(device))
+        self._parts = frozenset(parts)
         self._all_readers = frozenset(readers)
         self._values: dict[Keeps, Any] = {}
         self._sizes: dict[Keeps, int] = {}
         self._refused: set[Keeps] = set()
         self.readers = set(readers)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The run of the sampler: within it, and in this thread alone, the parts know what is kept."""
+        token = _RUNNING.set(self)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+            self.clear()
+
+    def __contains__(self, part: Keeps) -> bool:
+        return part in self._parts
 
     def of(self, owner: Keeps) -> Any:
         """What a module has kept; None if nothing."""
@@ -80,13 +98,15 @@ class Kept:
         self.readers = set(self._all_readers)
 
 
+_RUNNING: ContextVar[Kept | None] = ContextVar("_RUNNING", default=None)
+"""Not an attribute of the modules: several threads may sample with one model at a time."""
+
+
 class Keeps:
-    """A part of the diffusion module that takes part in a run of the sampler.
+    """A part of the diffusion module that takes part in a run of the sampler."""
 
-    Attributes
-    ----------
-    kept : Kept, optional
-        While :class:`FastSampleDiffusion` runs.
-    """
-
-    kept: Kept | None = None
+    @property
+    def kept(self) -> Kept | None:
+        """What this run of the sampler has in common; None if no sampler runs that the module is a part of."""
+        kept = _RUNNING.get()
+        return kept if kept is not None and self in kept else None

@@ -51,15 +51,8 @@ class FastSampleDiffusion(SampleDiffusion):
         if torch.is_grad_enabled() or not parts:
             return super().forward(*arguments, **options)
         readers = [part for part in parts if isinstance(part, (FastAtomAttentionEncoder, FastDiffusionTransformer))]
-        kept = Kept(next(self.parameters()).device, readers)
-        for part in parts:
-            part.kept = kept
-        try:
+        with Kept(next(self.parameters()).device, parts, readers).running():
             return super().forward(*arguments, **options)
-        finally:
-            for part in parts:
-                del part.kept
-            kept.clear()
 
 
 class FastDiffusionConditioning(Keeps, DiffusionConditioning):

@@ -2,8 +2,10 @@
 
 import copy
 import logging
+import threading
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -119,6 +121,12 @@ def test_every_step_gives_what_openfold3_gives(model, make, high_precision):
     assert denoised(model, arguments)[0].equal(expected[0])
 
 
+def nothing_is_kept(model: SampleDiffusion) -> bool:
+    parts = [module for module in model.modules() if isinstance(module, Keeps)]
+    assert len(parts) == 5
+    return all(part.kept is None for part in parts)
+
+
 def test_what_the_steps_share_is_computed_once_and_freed(model, monkeypatch):
     arguments, calls, biases = inputs(), Counter(), []
     denoiser = model.diffusion_module
@@ -147,7 +155,7 @@ def test_what_the_steps_share_is_computed_once_and_freed(model, monkeypatch):
         assert len({bias.data_ptr() for bias in biases}) == 2
         denoised(model, arguments)
         assert set(calls.values()) == {2}
-        assert all("kept" not in vars(module) for module in model.modules())
+        assert nothing_is_kept(model)
         kept = weakref.ref(biases[0])
         biases.clear()
         assert kept() is None
@@ -155,7 +163,7 @@ def test_what_the_steps_share_is_computed_once_and_freed(model, monkeypatch):
         monkeypatch.setattr(openfold3_sampling, "flash_bias_attention", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             denoised(model, arguments)
-        assert all("kept" not in vars(module) for module in model.modules())
+        assert nothing_is_kept(model)
     for handle in handles:
         handle.remove()
 
@@ -180,6 +188,25 @@ def test_other_inputs_are_not_taken_for_those_that_were_kept(model):
         assert distance(denoised(model, first), expected[0]) < ROUNDING
         assert distance(denoised(model, second), expected[1]) < ROUNDING
         assert distance(changing(), changed) < ROUNDING
+
+
+def test_two_threads_sample_with_one_model(model):
+    calls, together = [], threading.Barrier(2, timeout=60)
+
+    def note(_module, _arguments, options, output):
+        calls.append((options, output))
+        together.wait()
+
+    with accelerate(model, DENSE), ThreadPoolExecutor(2) as threads:
+        handle = model.diffusion_module.register_forward_hook(note, with_kwargs=True)
+        runs = [threads.submit(torch.no_grad()(model), **arguments) for arguments in (inputs(), inputs(seed=7))]
+        for run in runs:
+            run.result()
+        handle.remove()
+    assert len(calls) == 2 * STEPS
+    with torch.no_grad():
+        for options, output in calls:
+            assert distance([output], [model.diffusion_module(**options)]) < ROUNDING
 
 
 @pytest.mark.parametrize("config", [DENSE, AttentionConfig(bias="svd", rank=4)], ids=["dense", "svd"])
@@ -260,4 +287,5 @@ def test_a_sampler_of_unknown_parts_keeps_nothing(change):
     with accelerate(model, DENSE) as acceleration:
         assert acceleration.around == ()
         assert len(acceleration.swapped) == 2
+        assert "of its diffusion module" in {skipped.path: skipped.reason for skipped in acceleration.skipped}[""]
         assert not [module for module in model.modules() if isinstance(module, Keeps)]
