@@ -10,6 +10,7 @@ from pairformer_fast.bias.attention import (
     detach_factors,
     observed_decisions,
     set_attention,
+    warm_starts,
 )
 from pairformer_fast.bias.certificate import Certificate, certify
 from pairformer_fast.bias.factors import BiasFactors
@@ -44,4 +45,5 @@ __all__ = [
     "observed_decisions",
     "relative_position",
     "set_attention",
+    "warm_starts",
 ]

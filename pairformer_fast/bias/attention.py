@@ -98,6 +98,24 @@ class Decision:
     report: BiasReport
 
 
+@dataclass(eq=False)
+class Recycled:
+    """What an attention keeps from one recycle to the next, see :func:`warm_starts`.
+
+    Attributes
+    ----------
+    phi_k : Tensor, optional
+        ``[B, H, N, R]`` of its last factors; None before the first.
+    """
+
+    phi_k: Tensor | None = None
+
+    def start(self, bias: Tensor) -> Tensor | None:
+        """The warm start for a bias ``[B, H, N, N]``, if there is one of its shape."""
+        fits = self.phi_k is not None and self.phi_k.shape[:3] == bias.shape[:3]
+        return self.phi_k if fits else None
+
+
 class Configured(nn.Module):
     """A part of a model that computes as an :class:`~pairformer_fast.config.AttentionConfig` says.
 
@@ -128,6 +146,7 @@ class PairBiasAttention(Configured):
         self.report: list[BiasReport] = []
         self.attached: Attached | None = None
         self._observer: Callable[[Decision], None] | None = None
+        self._recycled: Recycled | None = None
 
     @property
     def learned(self) -> bool:
@@ -206,7 +225,10 @@ class PairBiasAttention(Configured):
 
     def _decide(self, q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None) -> Factorization:
         """What becomes of the bias, reported in evaluation mode."""
-        outcome = factorize(bias, self.config, q, k, mask)
+        recycled = self._recycled
+        outcome = factorize(bias, self.config, q, k, mask, None if recycled is None else recycled.start(bias))
+        if recycled is not None and outcome.factors is not None:
+            recycled.phi_k = outcome.factors.phi_k
         if not self.training:
             report = BiasReport.of(outcome, chosen_backend(self.config.backend, q))
             self.report.append(report)
@@ -313,6 +335,30 @@ def observed_decisions(model: nn.Module, observer: Callable[[str, Decision], Non
     finally:
         for path, core in cores.items():
             core._observer = before[path]
+
+
+@contextmanager
+def warm_starts(model: nn.Module) -> Iterator[None]:
+    """Let every attention of ``model`` begin from its factors of the recycle before, in one run of the model.
+
+    It saves ``randomised`` of a fixed rank a power iteration and is as accurate (see
+    :func:`~pairformer_fast.bias.randomised.factorize_randomised`); nothing else changes. Nothing is kept beyond
+    the body of the ``with`` statement, which should run the model on one input: results then do not depend on earlier
+    ones.
+
+    Raises
+    ------
+    ValueError
+        If the model has no :class:`PairBiasAttention`.
+    """
+    cores = _attentions(model).values()
+    try:
+        for core in cores:
+            core._recycled = Recycled()
+        yield
+    finally:
+        for core in cores:
+            core._recycled = None
 
 
 def _attentions(model: nn.Module) -> dict[str, PairBiasAttention]:

@@ -13,7 +13,7 @@ from pairformer_fast.bias.certificate import certify, kept_pairs, kept_tokens
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.landmark import BiasLines, decompose_lines
 from pairformer_fast.bias.probe import Probe
-from pairformer_fast.bias.randomised import decompose_randomised
+from pairformer_fast.bias.randomised import factorize_randomised
 from pairformer_fast.bias.structured import relative_position
 from pairformer_fast.bias.svd import Spectrum, decompose
 from pairformer_fast.config import BiasMethod
@@ -128,7 +128,7 @@ def factorize(
     seed : int
         ``randomised``: of the sketch.
     start : Tensor, optional
-        ``randomised``: warm start ``[B, H, N, *]``, ``phi_k`` of a similar bias.
+        ``randomised``: warm start ``[B, H, N, *]``, ``phi_k`` of the same attention in the recycle before.
 
     Returns
     -------
@@ -194,7 +194,7 @@ def candidates(
     """Factors of any rank; the arguments are those of :func:`factorize`."""
     match method:
         case BiasMethod.RANDOMISED:
-            return lambda rank: _cut(decompose_randomised(bias, mask, rank, seed=seed, start=start), rank)
+            return lambda rank: Candidate(*factorize_randomised(bias, mask, rank, seed=seed, start=start))
         case BiasMethod.LANDMARK:
             lines, keep = BiasLines.of(bias), kept_tokens(mask, bias)
             return lambda rank: _cut(decompose_lines(lines, keep, rank)[0], rank)

@@ -73,7 +73,9 @@ def keeps_dense(config: AttentionConfig, q: Tensor) -> bool:
 
 
 @torch.no_grad()
-def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask: Tensor | None) -> Factorization:
+def factorize(
+    bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask: Tensor | None, start: Tensor | None = None
+) -> Factorization:
     """Do with a pair bias as ``config`` asks; :func:`pairformer_fast.bias.methods.factorize` makes the factors only.
 
     ``svd``, ``randomised``, ``structured`` and ``landmark`` take ``config.rank`` (at most N), or the least rank of
@@ -93,6 +95,8 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
         ``[B, I, N, H, D]`` or ``[B, N, H, D]``, not scaled; the probe computes attention weights from them.
     mask : Tensor, optional
         Bool ``[B, I, N]`` or ``[B, N]``, True = keep.
+    start : Tensor, optional
+        Warm start of ``randomised`` at ``config.rank``: ``phi_k`` of the same attention in the recycle before.
 
     Raises
     ------
@@ -109,7 +113,8 @@ def factorize(bias: Tensor, config: AttentionConfig, q: Tensor, k: Tensor, mask:
     with torch.autocast(bias.device.type, enabled=False):
         probe = Probe(q, k, bias, mask)
         error = certified_error(bias, mask) if config.certified else probed_error(probe)
-        chosen = _chosen(candidates(bias, method, mask), config, error, bias.shape[-1])
+        at_rank = candidates(bias, method, mask, start=None if config.rank is None else start)
+        chosen = _chosen(at_rank, config, error, bias.shape[-1])
         if chosen is None:
             return Factorization(bias)
         return Factorization(bias, chosen.certified(bias, mask), probe.error(chosen.phi_q, chosen.phi_k, chosen.table))

@@ -151,7 +151,7 @@ class Predictor:
                 self.model(features, 0)
             pair_bias.set_attention(self.model, attention)
             torch.manual_seed(self.seed)
-            with measure(self.device) as usage:
+            with measure(self.device) as usage, pair_bias.warm_starts(self.model):
                 prediction = self.model(features, self.recycles)
         on_host = Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)})
         atom14 = close_peptides(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())

@@ -12,7 +12,7 @@ VARIABLE_DOMAIN = (
 
 
 @pytest.fixture(scope="session")
-def trained_biases() -> list[torch.Tensor]:
+def biases_of_two_recycles() -> list[torch.Tensor]:
     """Biases ``[1, 4, N, N]`` of the bundled model's triangle attentions for a domain, in the order of their making."""
     from pairformer_fast.bias import PairBiasAttention
     from pairformer_fast.features import TokenFeatures
@@ -28,5 +28,17 @@ def trained_biases() -> list[torch.Tensor]:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(PairBiasAttention, "decide", keep)
-        model(TokenFeatures.from_chains([VARIABLE_DOMAIN]), 0)
+        model(TokenFeatures.from_chains([VARIABLE_DOMAIN]), 1)
     return found
+
+
+@pytest.fixture(scope="session")
+def trained_biases(biases_of_two_recycles) -> list[torch.Tensor]:
+    """Those before the recycle."""
+    return biases_of_two_recycles[: len(biases_of_two_recycles) // 2]
+
+
+@pytest.fixture(scope="session")
+def recycled_biases(biases_of_two_recycles) -> list[torch.Tensor]:
+    """Those of the same attentions in the recycle."""
+    return biases_of_two_recycles[len(biases_of_two_recycles) // 2 :]

@@ -5,7 +5,13 @@ import torch
 from biases import make_bias, make_qkv
 from torch import nn
 
-from pairformer_fast.bias import PairBiasAttention, collect_reports, set_attention
+from pairformer_fast.bias import (
+    PairBiasAttention,
+    collect_reports,
+    observed_decisions,
+    set_attention,
+    warm_starts,
+)
 from pairformer_fast.config import AttentionConfig
 
 SHAPES = [(2, 17, 17, 3, 24), (2, 17, 3, 24)]
@@ -132,3 +138,28 @@ def test_report_is_the_worst_of_the_batch():
     assert both.bound == pytest.approx(hard.bound)
     assert both.probed_max == pytest.approx(hard.probed_max)
     assert min(hard.bound) > 0.1 > 1e-6 > max(easy.bound)
+
+
+def test_warm_starts_last_from_recycle_to_recycle_of_one_run(trained_biases):
+    """A bias seen again is decomposed better; neither other tokens nor a run that follows are influenced."""
+    model, seen = Model().eval(), []
+    set_attention(model, AttentionConfig(bias="randomised", rank=16))
+    bias = trained_biases[0]
+
+    def run(bias):
+        q, k, v = make_qkv(1, *bias.shape[-2:], bias.shape[1], 8)
+        model.first(q, k, v, bias, None)
+
+    with observed_decisions(model, lambda _, decision: seen.append(decision.outcome.factors)):
+        for _ in range(2):
+            with torch.no_grad(), warm_starts(model):
+                run(bias)
+                run(bias)
+                run(bias[..., :40, :40])
+        run(bias)
+    cold, warm, small, *again, alone = (torch.cat([factors.phi_q, factors.phi_k], dim=-1) for factors in seen)
+    for one, other in zip((cold, warm, small, cold), (*again, alone), strict=True):
+        assert torch.equal(one, other)
+    centred = bias - bias.mean(-1, keepdim=True)
+    errors = [(centred - factors.phi_q @ factors.phi_k.mT).norm() for factors in seen[:2]]
+    assert errors[1] < errors[0]

@@ -4,7 +4,8 @@ from biases import KINDS, make_bias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairformer_fast.bias.randomised import decompose_randomised, orthogonalised
+from pairformer_fast.bias import factorize
+from pairformer_fast.bias.randomised import factorize_randomised, orthogonalised
 from pairformer_fast.bias.svd import decompose
 
 
@@ -13,15 +14,15 @@ def centred(bias):
 
 
 def frobenius(bias, factors):
-    phi_q, phi_k = factors
+    phi_q, phi_k = factors[:2]
     return torch.linalg.vector_norm(centred(bias) - phi_q.double() @ phi_k.double().mT, dim=(-2, -1))
 
 
-def assert_near_optimal(bias, rank, **options):
+def assert_near_optimal(bias, rank, within=1.05, **options):
     best = torch.linalg.svdvals(centred(bias))[..., rank:].square().sum(-1).sqrt()
-    found = frobenius(bias, decompose_randomised(bias, None, rank, **options).truncate(rank))
+    found = frobenius(bias, factorize_randomised(bias, None, rank, **options))
     rounding = 1e-5 * torch.linalg.vector_norm(centred(bias), dim=(-2, -1)) + 1e-6 * bias.abs().amax((-2, -1))
-    assert (found <= 1.05 * best + rounding).all()
+    assert (found <= within * best + rounding).all()
 
 
 @pytest.mark.parametrize("rank", [1, 8, 32])
@@ -31,52 +32,51 @@ def test_error_is_within_5_percent_of_the_least(kind, tokens, rank):
     assert_near_optimal(make_bias(kind, 2, 2, tokens), rank)
 
 
-@pytest.mark.parametrize("rank", [4, 16, 32, 64])
-def test_error_on_trained_biases_cold_and_from_the_block_before(trained_biases, rank):
-    assert len(trained_biases) >= 4
-    before = None
-    for bias in trained_biases:
+@pytest.mark.parametrize("rank", [4, 8, 16, 24])
+def test_error_on_trained_biases_cold_and_from_the_recycle_before(trained_biases, recycled_biases, rank):
+    assert len(trained_biases) == len(recycled_biases) >= 4
+    for before, bias in zip(trained_biases, recycled_biases, strict=True):
+        assert_near_optimal(before, rank)
         assert_near_optimal(bias, rank)
-        if before is not None:
-            assert_near_optimal(bias, rank, start=decompose(before, None).truncate(rank)[1])
-        before = bias
+        assert_near_optimal(bias, rank, start=factorize_randomised(before, None, rank).phi_k)
 
 
 def test_a_warm_start_is_used(trained_biases):
-    """From its own factors a bias is decomposed better than from a random sketch alone."""
+    """From its own factors a bias is decomposed better than from a random sketch, with an iteration less."""
     bias = trained_biases[-1]
-    exact = decompose(bias, None).truncate(32)[1]
-    cold, warm = (frobenius(bias, decompose_randomised(bias, None, 32, start=x).truncate(32)) for x in (None, exact))
-    best = frobenius(bias, decompose(bias, None).truncate(32))
+    exact = decompose(bias, None).truncate(24)[1]
+    cold, warm = (frobenius(bias, factorize_randomised(bias, None, 24, start=x)) for x in (None, exact))
+    best = frobenius(bias, decompose(bias, None).truncate(24))
     assert (warm - best).max() < 0.05 * (cold - best).min()
 
 
 @pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf")])
-def test_useless_columns_of_a_warm_start_do_no_harm(fill):
+def test_useless_columns_of_a_warm_start_become_random(fill):
+    """The iteration that a warm start saves is missing then: 10 % instead of 5 %."""
     bias = make_bias("random", 1, 2, 63)
-    assert_near_optimal(bias, 8, start=torch.full((1, 2, 63, 8), fill))
-    assert_near_optimal(bias, 8, start=torch.full((1, 2, 63, 100), fill))
+    for width in (8, 100):
+        assert_near_optimal(bias, 8, within=1.1, start=torch.full((1, 2, 63, width), fill))
 
 
 @pytest.mark.parametrize("start", [torch.ones(1, 2, 16, 4), torch.ones(1, 1, 17, 4), torch.ones(2, 17, 4)])
 def test_a_warm_start_of_other_tokens_or_heads_is_an_error(start):
     with pytest.raises(ValueError, match=r"start must be \[B, H, N, \*\] = \[1, 2, 17, '\*'\]"):
-        decompose_randomised(make_bias("random", 1, 2, 17), None, 4, start=start)
+        factorize_randomised(make_bias("random", 1, 2, 17), None, 4, start=start)
 
 
 def test_rank_below_1_is_an_error():
     with pytest.raises(ValueError, match="rank must be 1 or more"):
-        decompose_randomised(make_bias("random", 1, 2, 17), None, 0)
+        factorize_randomised(make_bias("random", 1, 2, 17), None, 0)
 
 
 def test_seeds_repeat_and_the_global_generator_is_left_alone():
     bias = make_bias("random", 1, 2, 96)
     state = torch.get_rng_state()
-    first = decompose_randomised(bias, None, 8, seed=5)
+    first = factorize_randomised(bias, None, 8, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(123)
-    assert torch.equal(decompose_randomised(bias, None, 8, seed=5).left, first.left)
-    assert not torch.equal(decompose_randomised(bias, None, 8, seed=6).left, first.left)
+    assert torch.equal(factorize_randomised(bias, None, 8, seed=5).phi_q, first.phi_q)
+    assert not torch.equal(factorize_randomised(bias, None, 8, seed=6).phi_q, first.phi_q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -84,21 +84,46 @@ def test_seeds_repeat_and_the_global_generator_is_left_alone():
 @pytest.mark.parametrize("tokens", [1, 17, 40])
 def test_a_rank_of_n_or_more_is_exact(kind, tokens, dtype):
     bias = make_bias(kind, 2, 2, tokens, dtype=dtype)
-    error = frobenius(bias, decompose_randomised(bias, None, 2 * tokens).truncate(2 * tokens))
+    error = frobenius(bias, factorize_randomised(bias, None, 2 * tokens))
     assert (error <= 50 * torch.finfo(dtype).eps * torch.linalg.vector_norm(bias.double(), dim=(-2, -1))).all()
 
 
-def test_rank_and_singular_values_are_those_of_the_exact_decomposition():
+def test_rank_is_that_of_the_bias_and_pairs_of_columns_have_one_length():
     bias = torch.cat([make_bias(kind, 1, 1, 63) for kind in ("rank_deficient", "constant_rows", "random")], dim=1)
-    sketched, exact = decompose_randomised(bias, None, 8), decompose(bias, None)
-    assert sketched.rank.tolist() == [[2, 0, 8]]
-    assert sketched.left.shape == sketched.right.shape == (1, 3, 63, 8)
-    scale = bias.double().flatten(2).norm(dim=-1, keepdim=True)
-    assert ((sketched.values - exact.values[..., :8])[:, :2].abs() <= 1e-6 * scale[:, :2]).all()
-    phi_q, phi_k = sketched.truncate(torch.tensor([[1, 0, 3]]))
-    assert phi_q.shape[-1] == 3
-    assert not phi_q[0, 0, :, 1:].any()
-    torch.testing.assert_close(phi_q.norm(dim=-2), phi_k.norm(dim=-2))
+    phi_q, phi_k, rank = factorize_randomised(bias, None, 8)
+    assert rank.tolist() == [[2, 0, 8]]
+    assert phi_q.shape == phi_k.shape == (1, 3, 63, 8)
+    lengths = phi_q.norm(dim=-2)
+    assert (lengths > 0).sum(-1).tolist() == [[2, 0, 8]]
+    torch.testing.assert_close(lengths[0, 2], phi_k.norm(dim=-2)[0, 2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    true_rank=st.integers(0, 8),
+    decay=st.floats(0.0, 1.0),
+    magnitude=st.sampled_from([1e-30, 1.0, 1e4, 1e30]),
+    constant=st.sampled_from([0.0, 100.0]),
+    tokens=st.integers(64, 90),
+    seed=st.integers(0, 2**16),
+)
+def test_biases_of_low_rank_come_back_whatever_their_size(true_rank, decay, magnitude, constant, tokens, seed):
+    """Singular values down to 1e-7 of the largest: the small ones are lost to rounding, 0.3 % of the norm at most."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(2, 1, 1, tokens, true_rank, generator=generator, dtype=torch.float64)
+    values = 10 ** (-decay * torch.arange(true_rank))
+    bias = (magnitude * (constant + left * values @ right.mT)).float()
+    norm = torch.linalg.vector_norm(centred(bias), dim=(-2, -1))
+    found = factorize_randomised(bias, None, 8)
+    assert (frobenius(bias, found) <= 3e-3 * norm + 1e-5 * bias.abs().amax()).all()
+    assert found.rank.item() <= 8
+
+
+def test_a_bias_that_is_not_finite_is_refused_with_its_place():
+    bias = make_bias("random", 1, 2, 63)
+    bias[0, 1, 4, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"bias has 1 NaN or infinite .* \[0, 1, 4, 5\]"):
+        factorize(bias, "randomised", rank=8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,8 +145,8 @@ def test_what_is_in_the_padding_never_matters_and_nothing_is_ever_nan(
     bias = (make_bias(kind, 1, 2, size, seed, torch.float64) * scale).to(dtype)
     keep = torch.rand(1, size, generator=torch.Generator().manual_seed(seed)) < keep_share
     pairs = (keep[:, :, None] & keep[:, None, :]).unsqueeze(1)
-    zeroed, filled = (decompose_randomised(bias.masked_fill(~pairs, x), keep, rank) for x in (0.0, fill))
-    for one, other in zip(zeroed.truncate(rank), filled.truncate(rank), strict=True):
+    zeroed, filled = (factorize_randomised(bias.masked_fill(~pairs, x), keep, rank) for x in (0.0, fill))
+    for one, other in zip(zeroed[:2], filled[:2], strict=True):
         assert torch.equal(one, other)
         assert one.isfinite().all()
         assert one.dtype == dtype
