@@ -155,6 +155,32 @@ def drift(
     print(f"wrote {output}")
 
 
+@app.command()
+def factorisation(
+    sizes: Annotated[str, typer.Option(help="Values of N, comma-separated.")] = "384,768,1024,2048,4096",
+    dtype: Annotated[str, typer.Option(help="Of the bias: bfloat16 or float32.")] = "bfloat16",
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "factorisation.json",
+) -> None:
+    """Factors of a pair bias on one GPU: time, memory and error of ours and of PyTorch's decompositions."""
+    from benchmark_factorisation import factorisation_rows, line
+    from benchmark_gpu import Stopwatch
+
+    if dtype not in ("bfloat16", "float32"):
+        raise typer.BadParameter(f"--dtype must be bfloat16 or float32, but got {dtype}")
+    try:
+        chosen = tuple(int(n) for n in sizes.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"--sizes must be numbers separated by commas, but got {sizes}") from error
+    _need_gpu("factorisation")
+    rows = []
+    for row in factorisation_rows(chosen, getattr(torch, dtype), torch.device("cuda"), Stopwatch(), commit):
+        rows.append(row)
+        write_rows(output, rows)
+        print(line(row), flush=True)
+    _finish(output, [line(row) for row in rows if "error" in row and row["impl"].startswith("pairformer_fast")])
+
+
 def _need_gpu(suite: str) -> None:
     if not torch.cuda.is_available():
         typer.echo(f"error: the {suite} suite measures kernels: it needs a CUDA GPU, and PyTorch sees none", err=True)
