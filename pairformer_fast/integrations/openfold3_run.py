@@ -66,7 +66,10 @@ def run(arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def flashbias_flag() -> Iterator[None]:
-    """Within this context OpenFold3's model configuration has the flag, and models that are built honour it."""
+    """Within this context OpenFold3's model configuration has the flag, and models that are built honour it.
+
+    Models that were built before, or from configurations without the flag, stay OpenFold3's own.
+    """
     construct, forward, predict = OpenFold3.__init__, OpenFold3.forward, OpenFold3AllAtom.predict_step
 
     def construct_with_flag(self: Any, config: Any) -> None:
@@ -76,13 +79,18 @@ def flashbias_flag() -> Iterator[None]:
         self._flashbias = attention
 
     def forward_with_flag(self: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._flashbias.set(self)
+        attention = getattr(self, "_flashbias", None)
+        if attention is None:
+            return forward(self, batch)
+        attention.set(self)
         result = forward(self, batch)
-        self._flashbias.log()
+        attention.log()
         return result
 
     def predict_if_trained(self: Any, *arguments: Any, **options: Any) -> Any:
-        self.model._flashbias.check_prediction()
+        attention = getattr(self.model, "_flashbias", None)
+        if attention is not None:
+            attention.check_prediction()
         return predict(self, *arguments, **options)
 
     memory = model_config.settings.memory
@@ -206,7 +214,7 @@ class Switch:
 
 def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, Path | None]:
     """What attention is to be, None for the host's own, and the side file that is named."""
-    if not memory[mode][FLAG]:
+    if not memory[mode].get(FLAG):
         return None, None
     options = memory[mode][OPTIONS].to_dict()
     file = options.pop(FACTORS, None)

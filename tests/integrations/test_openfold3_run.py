@@ -167,6 +167,24 @@ def test_training_and_evaluation_have_settings_of_their_own(caplog):
     assert all(line.startswith("flashbias: factors in 2 of 2 calls of attention, mean rank 3.0") for line in lines)
 
 
+@torch.no_grad()
+def test_models_and_configurations_of_before_stay_openfold3s():
+    config = configuration("predict")
+    before, batch = OpenFold3(config).eval(), features()
+
+    def predict(model: OpenFold3) -> torch.Tensor:
+        torch.manual_seed(3)
+        return model(batch=copy.deepcopy(batch))[1]["atom_positions_predicted"]
+
+    expected = predict(before)
+    with flashbias_flag():
+        after = OpenFold3(config).eval()
+        after.load_state_dict(before.state_dict())
+        assert predict(before).equal(expected)
+        assert predict(after).equal(expected)
+    assert not [module for module in (*before.modules(), *after.modules()) if isinstance(module, PairBiasAttention)]
+
+
 class Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 2
