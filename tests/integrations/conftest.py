@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_initialisation():
+    """Draw OpenFold3's initial weights with PyTorch, whose generator tests seed: SciPy takes seconds for each model."""
+    host = sys.modules.get("openfold3.core.model.primitives.initialization")
+    if host is None:
+        yield
+        return
+
+    def draw(weights: torch.Tensor, scale: float = 1.0, fan: str = "fan_in") -> None:
+        std = math.sqrt(scale / host._calculate_fan(weights.shape, fan)) / 0.8796  # of a normal cut at two deviations
+        torch.nn.init.trunc_normal_(weights, std=std, a=-2 * std, b=2 * std)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "trunc_normal_init_", draw)
+        yield
 
 
 @pytest.fixture(autouse=True)
