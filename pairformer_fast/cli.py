@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +15,7 @@ from rich.table import Table
 from pairformer_fast.config import BiasMethod
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.settings import Attention, FoldSettings, Model, Precision
+from pairformer_fast.user_errors import FAILED, complain, run_app
 
 if TYPE_CHECKING:
     from pairformer_fast.inference.compare import Comparison
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
     from pairformer_fast.inference.regress import Regression
     from pairformer_fast.inference.report import JobReport, RunReport
 
-FAILED, USER_ERROR = 1, 2
+NAME = "pairformer-fast"
 
 app = typer.Typer(
-    name="pairformer-fast",
+    name=NAME,
     help="Fold proteins with an accelerated Pairformer and compare with its unaccelerated reference.",
     no_args_is_help=True,
     add_completion=False,
@@ -115,7 +114,7 @@ def fold(
     report = (_fold_with_openfold3 if model is Model.OPENFOLD3 else _fold)(fasta, out, settings)
     Console().print(_fold_table(report))
     for job in report.failed:
-        _complain(f"job {job.id} failed: {job.error}")
+        complain(NAME, f"job {job.id} failed: {job.error}")
     if report.failed:
         raise typer.Exit(FAILED)
 
@@ -184,11 +183,11 @@ def inspect_pair_biases(
     for job in report.jobs:
         Console().print(_inspection_table(job))
     if report.jobs and not report.plotted:
-        _complain(
-            "matplotlib is missing, only inspect.json was written; for plots: pip install 'pairformer_fast[plot]'"
+        complain(
+            NAME, "matplotlib is missing, only inspect.json was written; for plots: pip install 'pairformer_fast[plot]'"
         )
     for job_id, reason in report.failed.items():
-        _complain(f"job {job_id} failed: {reason}")
+        complain(NAME, f"job {job_id} failed: {reason}")
     if report.failed:
         raise typer.Exit(FAILED)
 
@@ -211,9 +210,13 @@ def compare(
 
 @app.command()
 def regress(
-    golden: Annotated[Path | None, typer.Option(help="Folder with golden.fasta and <id>.cif; bundled.")] = None,
+    golden: Annotated[
+        Path | None, typer.Option(help="Folder with golden.fasta and <id>.cif; bundled.", exists=True, file_okay=False)
+    ] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the golden structures anew.")] = False,
-    shared_data: Annotated[Path | None, typer.Option(help="Folder with fv_crystal/: also check crystals.")] = None,
+    shared_data: Annotated[
+        Path | None, typer.Option(help="Folder with fv_crystal/: also check crystals.", exists=True, file_okay=False)
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")] = None,
     device: DeviceOption = "auto",
     checkpoint: CheckpointOption = None,
@@ -224,6 +227,8 @@ def regress(
 
     settings = FoldSettings(device=device, precision=Precision.FP32, checkpoint=checkpoint)
     golden = regression.bundled_golden() if golden is None else golden
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise InputError(f"--json {json_file}: is a folder, or its folder does not exist")
     if update:
         for path in regression.update_golden(golden, settings):
             typer.echo(f"wrote {path}")
@@ -249,37 +254,13 @@ def openfold3(context: typer.Context) -> None:
 
     failed = run(context.args)
     if failed:
-        _complain(f"queries failed: {', '.join(failed)}; the reasons are logged above")
+        complain(NAME, f"queries failed: {', '.join(failed)}; the reasons are logged above")
         raise typer.Exit(FAILED)
 
 
 def main() -> None:
     """Run the command line; what the user can fix is one line on stderr and exit status 2."""
-    try:
-        status = app(standalone_mode=False)
-    except typer.TyperException as error:  # options that typer cannot parse
-        if error.format_message():  # empty where the help was shown for want of a command
-            _complain(error.format_message())
-        sys.exit(USER_ERROR)
-    except ValidationError as error:
-        _complain("; ".join(_explain(detail) for detail in error.errors()))
-        sys.exit(USER_ERROR)
-    except (InputError, OSError) as error:
-        _complain(str(error))
-        sys.exit(USER_ERROR)
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
-        sys.exit(130)
-    sys.exit(status or 0)
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"pairformer-fast: {' '.join(message.split())}", err=True)
-
-
-def _explain(detail: Any) -> str:
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"--{detail['loc'][0]}: {message}" if detail["loc"] else message
+    run_app(app, NAME, (InputError, OSError))
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_TOLERANCE = 0.1
 """Default bound on the probed change of attention weights (mean total variation, 0 to 1).
@@ -54,10 +55,15 @@ class Frozen(BaseModel):
         ------
         FileNotFoundError
             If neither a file nor a shipped preset has that name.
-        pydantic.ValidationError
-            If the file has unknown keys or values out of range.
+        ValueError
+            If it is no YAML mapping, or has unknown keys or values out of range; the message says which.
         """
-        return cls.model_validate(read_yaml(path))
+        content = read_yaml(path)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+            raise ValueError(f"{path}: {'; '.join(wrong)}") from None
 
 
 class AttentionConfig(Frozen):
@@ -147,11 +153,22 @@ class ModelConfig(Frozen):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Parse a YAML mapping from a file, or from ``configs/<name>.yaml`` of the package."""
-    file = Path(path)
+    """Parse a YAML mapping from a file, or from ``configs/<name>.yaml`` of the package.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :meth:`Frozen.from_yaml`.
+    """
+    file: Traversable = Path(path)
     if not file.is_file():
-        preset = resources.files("pairformer_fast.configs") / f"{path}.yaml"
-        if not preset.is_file():
-            raise FileNotFoundError(f"no file {file} and no preset of that name in configs/")
-        return yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        file = resources.files("pairformer_fast.configs") / f"{path}.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {path} and no preset of that name in configs/")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a YAML mapping, such as 'model: ...'")
+    return content

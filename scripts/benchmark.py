@@ -12,18 +12,23 @@ import torch
 import typer
 from benchmark_rows import RESULTS, ROOT, write_rows
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+from pairformer_fast.inference.errors import InputError
+from pairformer_fast.model.checkpoint import CheckpointError
+from pairformer_fast.user_errors import run_app
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def fold(
     fasta: Annotated[Path, typer.Argument(help="Jobs to fold.")] = ROOT / "data" / "golden" / "golden.fasta",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each setting; the fastest counts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each setting; the fastest counts.")] = 1,
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "fold.json",
 ) -> None:
     """Time, memory and change of structure of every way to treat the pair bias, against the reference."""
     from benchmark_folding import fold_rows
 
+    _make_folder(output)
     write_rows(output, fold_rows(fasta, repeats))
     print(f"wrote {output}")
 
@@ -37,6 +42,7 @@ def accuracy(
     """Accuracy on the hold-outs, with the reference and accelerated."""
     from benchmark_folding import accuracy_rows
 
+    _make_folder(output)
     write_rows(output, accuracy_rows(data, checkpoint))
     print(f"wrote {output}")
 
@@ -68,6 +74,7 @@ def attention(
     if jobs:
         compile_ahead(chosen, jobs)
     try:
+        _make_folder(output)
         failed = run(chosen, output, commit, resume, deadline)
     except DeviceLost:
         _start_again(deadline, resume, "--jobs=0")
@@ -96,6 +103,7 @@ def block(
         raise typer.BadParameter(str(error)) from error
     _need_gpu("block")
     try:
+        _make_folder(output)
         failed = run(selection, output, commit, resume, deadline)
     except DeviceLost:
         _start_again(deadline, resume)
@@ -132,6 +140,7 @@ def openfold3(
     elif output == RESULTS / "openfold3.json":
         raise typer.BadParameter("a dry run is no measurement: give another file", param_hint="--output")
     try:
+        _make_folder(output)
         failed = run(selection, output, commit, resume, deadline)
     except DeviceLost:
         _start_again(deadline, resume)
@@ -148,6 +157,7 @@ def drift(
     """Error of bf16 after every block of a stack, with our kernels and with plain PyTorch, against fp32."""
     from benchmark_drift import drift_rows
 
+    _make_folder(output)
     rows = drift_rows(tokens, blocks, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit)
     write_rows(output, rows)
     for row in rows[-2:]:
@@ -173,12 +183,20 @@ def factorisation(
     except ValueError as error:
         raise typer.BadParameter(f"--sizes must be numbers separated by commas, but got {sizes}") from error
     _need_gpu("factorisation")
+    _make_folder(output)
     rows = []
     for row in factorisation_rows(chosen, getattr(torch, dtype), torch.device("cuda"), Stopwatch(), commit):
         rows.append(row)
         write_rows(output, rows)
         print(line(row), flush=True)
     _finish(output, [line(row) for row in rows if "error" in row and row["impl"].startswith("pairformer_fast")])
+
+
+def _make_folder(output: Path) -> None:
+    """So that a path that will not do is known before the first measurement, not after the last."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} is a folder: name a file", param_hint="--output")
 
 
 def _need_gpu(suite: str) -> None:
@@ -202,5 +220,10 @@ def _finish(output: Path, failed: list[str]) -> None:
         raise typer.Exit(1)
 
 
+def main() -> None:
+    """Run the command line."""
+    run_app(app, "benchmark.py", (OSError, InputError, CheckpointError))
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -48,6 +48,7 @@ def fold_rows(fasta: Path, repeats: int) -> list[dict[str, Any]]:
 def accuracy_rows(data: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
     """Accuracy on the hold-outs, with the reference and accelerated."""
     path = default_checkpoint() if checkpoint is None else checkpoint
+    held_out = {split: AntibodyDataset(data, split) for split in ("val", "crystal")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_checkpoint(path).to(device)
     attentions = {"reference": AttentionConfig.reference(), "pairformer_fast auto": AUTO}
@@ -56,10 +57,10 @@ def accuracy_rows(data: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
         reference = AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED)
         attentions = {"reference": reference, "pairformer_fast learned": AttentionConfig(bias=BiasMethod.LEARNED)}
     rows = []
-    for split in ("val", "crystal"):
+    for split, dataset in held_out.items():
         for name, attention in attentions.items():
             set_attention(model, attention)
-            result = evaluate(model, AntibodyDataset(data, split), device)
+            result = evaluate(model, dataset, device)
             row = {"suite": "accuracy", "split": split, "impl": name, "recycles": model.config.recycles}
             rows.append(row | result.summary() | {"scores": [asdict(score) for score in result.scores]} | machine())
             print({key: value for key, value in rows[-1].items() if key != "scores"}, flush=True)

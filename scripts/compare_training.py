@@ -11,16 +11,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
+import numpy as np
+import typer
+from plotting import pyplot
 
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kernel_training", "font.size": 9})
+from pairformer_fast.inference.files import write_atomically
+from pairformer_fast.training.study import StudyRun, read_run
+from pairformer_fast.user_errors import run_script
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import typer  # noqa: E402
-
-from pairformer_fast.training.study import StudyRun, read_run  # noqa: E402
+plt = pyplot("kernel_training")
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 WINDOWS = 10
@@ -33,13 +32,11 @@ def main(
     / "kernel_training.json",
 ) -> None:
     """Write the comparison; the exit status is 1 if the kernels do not follow the reference."""
-    try:
-        runs = [read_run(path) for path in logs]
-        summary = compare(runs)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw(runs).savefig(output.with_suffix(".svg"), metadata={"Date": None})
+    runs = [read_run(path) for path in logs]
+    summary = compare(runs)
+    figure = draw(runs)
+    write_atomically(output, json.dumps(summary, indent=1) + "\n")
+    figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
     verdict = "follows" if summary["follows"] else "does NOT follow"
     print(f"training with the kernels {verdict} the reference: wrote {output} and {output.with_suffix('.svg')}")
     raise typer.Exit(0 if summary["follows"] else 1)
@@ -112,4 +109,4 @@ def _backend(run: StudyRun) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -10,6 +10,7 @@ import typer
 
 from pairformer_fast.model.checkpoint import default_checkpoint
 from pairformer_fast.training.distill import LOG_FILE, DistillSettings, distill
+from pairformer_fast.user_errors import run_script
 
 DEFAULT = DistillSettings()
 
@@ -27,17 +28,14 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Chains a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of the first step.")] = DEFAULT.learning_rate,
     seed: Annotated[int, typer.Option(help="Of networks and batches.")] = DEFAULT.seed,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = None,
 ) -> None:
     """Distil the dense pair biases; pairformer-fast fold --bias learned --factors FILE takes the result."""
-    try:
-        settings = DistillSettings(
-            rank=rank, table=table or None, hidden=hidden, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate, seed=seed,
-        )  # fmt: skip
-        side = distill(default_checkpoint() if checkpoint is None else checkpoint, data, output, settings, minutes)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    settings = DistillSettings(
+        rank=rank, table=table or None, hidden=hidden, steps=steps, batch_size=batch_size,
+        learning_rate=learning_rate, seed=seed,
+    )  # fmt: skip
+    side = distill(default_checkpoint() if checkpoint is None else checkpoint, data, output, settings, minutes)
     if side is None:
         print(f"stopped early, run the same command to go on: {output}")
         return
@@ -49,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

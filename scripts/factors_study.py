@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
+import numpy as np
+import typer
+from plotting import pyplot
 
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "factors_study", "font.size": 9})
+from pairformer_fast.inference.files import write_atomically
+from pairformer_fast.training.study import SCORES, StudyRun, read_run, summarize
+from pairformer_fast.user_errors import run_script
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import typer  # noqa: E402
-
-from pairformer_fast.training.study import SCORES, StudyRun, read_run, summarize  # noqa: E402
+plt = pyplot("factors_study")
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 LABELS = {"lddt": "lDDT-CA", "lddt_h3": "lDDT-CA, CDR-H3", "rmsd": "CA RMSD, Å"}
@@ -30,13 +29,11 @@ def main(
     / "factors_study.json",
 ) -> None:
     """Runs must share all settings but bias and seed, and every arm must have the same seeds."""
-    try:
-        runs = [read_run(path) for path in logs]
-        summary = summarize(runs, split)
-    except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw(summary, runs).savefig(output.with_suffix(".svg"), metadata={"Date": None})
+    runs = [read_run(path) for path in logs]
+    summary = summarize(runs, split)
+    figure = draw(summary, runs)
+    write_atomically(output, json.dumps(summary, indent=1) + "\n")
+    figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
     for arm in summary["arms"]:
         print(arm["arm"], {name: value for name, value in arm.items() if name.startswith(SCORES)})
     print(f"wrote {output} and {output.with_suffix('.svg')}")
@@ -64,4 +61,4 @@ def draw(summary: dict[str, Any], runs: list[StudyRun]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

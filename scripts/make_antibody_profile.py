@@ -10,15 +10,14 @@ import typer
 
 from pairformer_fast.training.antibody_profile import HEAVY, KAPPA, LAMBDA, build_profile, split_heavy, split_light
 from pairformer_fast.training.sources import read_covabdab, read_sabdab
+from pairformer_fast.user_errors import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 THRESHOLD_BITS = 60.0
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="folder with sabdab_vh.jsonl.gz and covabdab_pairs.csv.gz")] = ROOT.parent
-    / "shared"
-    / "data",
+    data: Annotated[Path, typer.Option(help="folder with sabdab_vh.jsonl.gz and covabdab_pairs.csv.gz")],
     output: Annotated[Path, typer.Option(help="file to write")] = ROOT / "data" / "antibody_profile.json",
 ) -> None:
     """Build the three profiles from the SAbDab train split (heavy) and CoV-AbDab (kappa, lambda)."""
@@ -44,4 +43,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

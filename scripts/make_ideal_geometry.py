@@ -16,13 +16,16 @@ from biotite.structure.io.pdb import PDBFile
 from pairformer_fast.model.all_atom import group_frame, rigid_group, torsion_atoms
 from pairformer_fast.model.residue import ATOM14, RESTYPES, THREE_LETTER
 from pairformer_fast.model.rigid import Rigid
+from pairformer_fast.user_errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_LETTER = {three: one for one, three in THREE_LETTER.items()}
 
 
 def main(
-    structures: Annotated[Path, typer.Argument(help="Folder that is searched for PDB files.")],
+    structures: Annotated[
+        Path, typer.Argument(help="Folder that is searched for PDB files.", exists=True, file_okay=False)
+    ],
     output: Annotated[Path, typer.Option(help="File to write.")] = ROOT / "data" / "ideal_geometry.json",
     least: Annotated[int, typer.Option(help="Fewest complete residues of each type.")] = 30,
 ) -> None:
@@ -60,4 +63,4 @@ def local_positions(aa: str, positions: dict[str, torch.Tensor]) -> dict[str, np
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib
+import typer
+from plotting import pyplot, read_json
 
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "attention", "font.size": 9})
+from pairformer_fast.user_errors import run_script
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import NullLocator  # noqa: E402
+plt = pyplot("attention")
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 OURS = "pairformer_fast"
@@ -23,21 +19,17 @@ BY_SIZE = ("targets", "sizes", "long")
 Row = dict[str, Any]
 
 
-def main() -> None:
-    """Read the rows, write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=Path, default=RESULTS / "attention.json", help="File of scripts/benchmark.py.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "attention.svg", help="File to write.")
-    options = parser.parse_args()
-    try:
-        rows = json.loads(options.rows.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        parser.error(f"{options.rows} does not exist; write it with: python scripts/benchmark.py attention")
-    rows = [row for row in rows if "ms_median" in row and row["op"] == "triangle_attention"]
-    if not rows:
-        parser.error(f"{options.rows} has no time of triangle attention")
-    draw(rows).savefig(options.output, metadata={"Date": None})
-    print(f"wrote {options.output}")
+def main(
+    rows: Annotated[Path, typer.Option(help="File of scripts/benchmark.py.")] = RESULTS / "attention.json",
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "attention.svg",
+) -> None:
+    """Time of triangle attention against N, rank and share of dense tiles."""
+    measured = read_json(rows, "python scripts/benchmark.py attention")
+    chosen = [row for row in measured if "ms_median" in row and row["op"] == "triangle_attention"]
+    if not chosen:
+        raise ValueError(f"{rows} has no time of triangle attention")
+    draw(chosen).savefig(output, metadata={"Date": None})
+    print(f"wrote {output}")
 
 
 def draw(rows: list[Row]) -> plt.Figure:
@@ -74,20 +66,20 @@ def draw(rows: list[Row]) -> plt.Figure:
     return figure
 
 
-def _line(axis: Axes, rows: list[Row], key: str, **style: Any) -> None:
+def _line(axis: plt.Axes, rows: list[Row], key: str, **style: Any) -> None:
     if rows:
         rows = sorted(rows, key=lambda row: row[key])
         axis.plot([row[key] for row in rows], [row["ms_median"] for row in rows], ms=4, **style)
 
 
-def _logarithmic(axis: Axes, sizes: list[int]) -> None:
+def _logarithmic(axis: plt.Axes, sizes: list[int]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(sizes)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

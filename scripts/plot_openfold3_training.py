@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib
+import numpy as np
+import typer
+from plotting import pyplot, read_json
 
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "openfold3_training", "font.size": 9})
+from pairformer_fast.user_errors import run_script
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+plt = pyplot("openfold3_training")
 
 RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 SMOOTHED = 20
@@ -25,18 +23,14 @@ STYLES = (
 )
 
 
-def main() -> None:
-    """Read the losses, write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--losses", type=Path, default=RESULTS / "openfold3_training.json", help="File to draw.")
-    parser.add_argument("--output", type=Path, default=RESULTS / "openfold3_training.svg", help="File to write.")
-    options = parser.parse_args()
-    try:
-        document = json.loads(options.losses.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        parser.error(f"{options.losses} does not exist; write it with: python scripts/train_openfold3_tiny.py")
-    draw(document["losses"]).savefig(options.output, metadata={"Date": None})
-    print(f"wrote {options.output}")
+def main(
+    losses: Annotated[Path, typer.Option(help="File to draw.")] = RESULTS / "openfold3_training.json",
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "openfold3_training.svg",
+) -> None:
+    """Loss curves of all runs, and how far they are from the first."""
+    document = read_json(losses, "python scripts/train_openfold3_tiny.py")
+    draw(document["losses"]).savefig(output, metadata={"Date": None})
+    print(f"wrote {output}")
 
 
 def draw(losses: dict[str, list[float]]) -> plt.Figure:
@@ -64,4 +58,4 @@ def relative(found: list[float], expected: list[float]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

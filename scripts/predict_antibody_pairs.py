@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from pairformer_fast.training.prepare import add_pairs
 from pairformer_fast.training.sources import read_pairs
+from pairformer_fast.user_errors import run_script
 
 
 def main(
@@ -22,17 +23,12 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="pairs predicted together")] = 128,
 ) -> None:
     """Nothing is predicted if a pair shares a cluster with an evaluation domain."""
-    console = Console(stderr=True)
-    try:
-        pairs = read_pairs(table)
-        with Progress(console=console) as progress:
-            task = progress.add_task("flash-abb", total=len(pairs))
-            summary = add_pairs(pairs, output, device, batch_size, partial(progress.advance, task))
-    except (OSError, ValueError, ImportError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
+    pairs = read_pairs(table)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("flash-abb", total=len(pairs))
+        summary = add_pairs(pairs, output, device, batch_size, partial(progress.advance, task))
     typer.echo(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -17,13 +17,12 @@ from pairformer_fast.training.derive import Derivation
 from pairformer_fast.training.prepare import predict_with_teacher, prepare, write_table
 from pairformer_fast.training.shards import Structure
 from pairformer_fast.training.sources import Pair
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+from pairformer_fast.user_errors import run_script
 
 
 def main(
     output: Annotated[Path, typer.Argument(help="folder for train, val and crystal.safetensors and summary.json")],
-    data: Annotated[Path, typer.Option(help="folder with the raw data")] = SHARED_DATA,
+    data: Annotated[Path, typer.Option(help="folder with the raw data, see data/weights/README.md")],
     pairs: Annotated[bool, typer.Option(help="add CoV-AbDab pairs with structures by flash-abb to train")] = True,
     cache: Annotated[
         Path | None, typer.Option(help="file that keeps the predictions [default: OUTPUT_teacher.safetensors]")
@@ -42,27 +41,23 @@ def main(
     ] = False,
 ) -> None:
     """Training data that shares a cluster with the SAbDab val split or the Fv crystals is dropped and counted."""
+    if not pairs and (derived or table):
+        raise typer.BadParameter("--no-pairs leaves all pairs out: drop it, or drop --derived and --table")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"{output} exists and is no folder: choose another", param_hint="OUTPUT")
     torch.set_num_threads(threads)
-    console = Console(stderr=True)
     cache = cache or output.with_name(output.name + "_teacher.safetensors")
 
     def predict(wanted: Sequence[Pair]) -> list[Structure]:
-        with Progress(console=console) as progress:
+        with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("flash-abb", total=len(wanted))
             return predict_with_teacher(wanted, cache, device, partial(progress.advance, task))
 
-    try:
-        if not pairs and (derived or table):
-            raise ValueError("--no-pairs leaves all pairs out: drop it, or drop --derived and --table")
-        derivation = Derivation(count=derived, seed=seed) if derived else None
-        summary = prepare(data, output, predict if pairs and not table else None, derivation)
-        if table:
-            summary["table"] = write_table(data, output, derivation)
-    except (OSError, ValueError, ImportError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
+    derivation = Derivation(count=derived, seed=seed) if derived else None
+    counts = {"table": write_table(data, output, derivation)} if table else {}
+    summary = prepare(data, output, predict if pairs and not table else None, derivation) | counts
     typer.echo(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -14,18 +14,17 @@ import typer
 from pairformer_fast.training.prepare import SABDAB_SOURCE
 from pairformer_fast.training.shards import Shard, shard_path
 from pairformer_fast.training.templates import template_baseline
+from pairformer_fast.user_errors import run_script
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="folder written by prepare_antibody_data.py")],
 ) -> None:
     """Print the mean lDDT-CA over the domain and over CDR-H3."""
-    try:
-        train, val = (Shard(shard_path(folder, split)) for split in ("train", "val"))
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    train, val = (Shard(shard_path(folder, split)) for split in ("train", "val"))
     templates = [structure for structure in train if structure.source == SABDAB_SOURCE]
+    if not templates:
+        raise ValueError(f"{folder}: no structure of {SABDAB_SOURCE} to copy from in the split train")
     scores = template_baseline(templates, list(val))
     summary = {
         "templates": len(templates),
@@ -39,4 +38,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,20 +17,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import typer
 from benchmark_rows import RESULTS, machine
 from biotite.structure import AtomArray, chain_iter, filter_amino_acids, residue_iter
 from biotite.structure.info import residue as ideal_residue
 from biotite.structure.io.pdb import PDBFile
-from openfold3.core.data.resources.residues import STANDARD_RESIDUES_WITH_GAP_3
-from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
-from openfold3_features import PROTEIN_TYPES, Chain, Features, atom_names, chain_features
 from torch import Tensor
 
 from pairformer_fast.bias import PairBiasAttention
-from pairformer_fast.integrations.openfold3_run import flashbias_flag
+from pairformer_fast.user_errors import run_script
+
+try:
+    import pytorch_lightning as pl
+    from openfold3.core.data.resources.residues import STANDARD_RESIDUES_WITH_GAP_3
+    from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
+    from openfold3_features import PROTEIN_TYPES, Chain, Features, atom_names, chain_features
+
+    from pairformer_fast.integrations.openfold3_run import flashbias_flag
+except ModuleNotFoundError as error:
+    sys.exit(f"train_openfold3_tiny.py: {error}; OpenFold3 comes with pip install 'pairformer_fast[openfold]'")
 
 PAIR = {"c_hidden_mul": 32, "c_hidden_pair_att": 8, "transition_n": 2}
 SINGLE = {"c_hidden_pair_bias": 16, "no_heads_pair_bias": 4}
@@ -71,8 +78,7 @@ def main(
     """Loss curves of three runs that have weights, examples and noise in common."""
     chains = [chain for path in sorted(structures.glob("*.pdb")) for chain in read(path) if len(chain.query) >= crop]
     if not chains:
-        typer.echo(f"error: no protein chain of {crop} residues or more in the .pdb files of {structures}", err=True)
-        raise typer.Exit(2)
+        raise ValueError(f"no protein chain of {crop} residues or more in the .pdb files of {structures}")
     examples = Examples(chains, crop, steps, seed)
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         started = {name: pool.submit(train, name, examples, seed) for name in (OFF, ON, CHANGED)}
@@ -195,4 +201,4 @@ def differences(found: list[float], expected: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

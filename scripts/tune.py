@@ -18,6 +18,8 @@ import typer
 from benchmark_rows import RESULTS, ROOT, machine, write_rows
 from tune_kernels import MAX_MESSAGE, DeviceLost, Family, Target, make_runner, targets
 
+from pairformer_fast.user_errors import run_script
+
 TABLES = ROOT / "kernels" / "flash_bias"
 HOPPER = (9, 0)
 KEPT = 1.15
@@ -162,4 +164,4 @@ def _write(path: Path, table: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

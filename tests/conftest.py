@@ -3,12 +3,15 @@
 import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from pairformer_fast import user_errors
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which any test's imports may do.
@@ -39,6 +42,21 @@ def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     """Import a module of scripts/."""
     monkeypatch.syspath_prepend(str(repository / "scripts"))
     return importlib.import_module
+
+
+@pytest.fixture
+def run_script(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a script of scripts/ in this process: exit status, stdout and stderr."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as info:
+            user_errors.run_script(script(name).main)
+        return info.value.code, *capsys.readouterr()
+
+    return run
 
 
 class Meter:

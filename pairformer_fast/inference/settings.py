@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pairformer_fast.config import DEFAULT_TOLERANCE, AttentionConfig, BiasMethod, Frozen
 
@@ -73,7 +74,7 @@ class FoldSettings(Frozen):
     bias: BiasMethod = BiasMethod.AUTO
     rank: int | None = Field(default=None, ge=1)
     tolerance: float | None = Field(default=None, gt=0, le=1)
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = "auto"
     precision: Precision = Precision.AUTO
     seed: int = Field(default=0, ge=0, lt=2**63)
     recycles: int | None = Field(default=None, ge=0)
@@ -82,6 +83,13 @@ class FoldSettings(Frozen):
     factors: Path | None = None
     msa_dir: Path | None = None
     runner_yaml: Path | None = None
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"must be auto, cpu, cuda or cuda:INDEX, but got {device!r}")
+        return device
 
     @model_validator(mode="after")
     def _of_the_chosen_model(self) -> FoldSettings:

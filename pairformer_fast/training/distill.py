@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from pairformer_fast.model.factors import HIDDEN, factor_networks
 from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.model.observe import Observed, observing, probed_errors
 from pairformer_fast.training.dataset import AntibodyDataset, MixtureSampler, collate
+from pairformer_fast.training.state import append_row, read_state, write_state
 
 STATE_FILE = "distill_state.pt"
 LOG_FILE = "distill.jsonl"
@@ -75,12 +74,11 @@ class _State:
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"identity": self.identity, "step": self.step, "before": self.before}
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_state(path, state)
 
     def load(self, path: Path, device: torch.device) -> None:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if state["identity"] != self.identity:
+        state = read_state(path, device)
+        if state.get("identity") != self.identity:
             raise ValueError(f"{path} is of other weights or settings: change them or the output folder")
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -139,7 +137,7 @@ def distill(
         state.step += 1
         out_of_time = minutes is not None and time.monotonic() - started > 60 * minutes
         if state.step % settings.log_every == 0:
-            _log(folder, {"step": state.step, "loss": round(loss, 5)})
+            append_row(folder / LOG_FILE, {"step": state.step, "loss": round(loss, 5)})
         if out_of_time or state.step % settings.save_every == 0 or state.step == settings.steps:
             state.save(folder / STATE_FILE)
         if out_of_time and state.step < settings.steps:
@@ -148,7 +146,7 @@ def distill(
     facts = {"settings": settings.model_dump(), "step": state.step, "before": state.before, "after": after}
     side = folder / f"{checkpoint.stem}{SUFFIX}"
     networks.save(side, checkpoint, facts)
-    _log(folder, facts)
+    append_row(folder / LOG_FILE, facts)
     return side
 
 
@@ -225,8 +223,3 @@ def attended_error(factors: Factors, seen: Observed) -> Tensor:
     error = error - (weights * error).sum(-1, keepdim=True)
     per_query = (weights * error.square()).sum(-1).masked_fill(~seen.keep[:, None], 0)
     return per_query.sum() / (seen.keep.sum() * bias.shape[1]).clamp(min=1)
-
-
-def _log(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from pairformer_fast.training.losses import term_scales, term_weights
 from pairformer_fast.training.origin import gpu_seconds
 from pairformer_fast.training.run import Run
 from pairformer_fast.training.settings import TrainConfig, TrainSettings
+from pairformer_fast.training.state import append_row
 from pairformer_fast.training.step import GradientStep
 
 STATE_FILE = "state.pt"
@@ -95,7 +95,6 @@ def _train(
     started = time.monotonic()
     torch.manual_seed(settings.seed)
     run = Run.start(config, device, origin)
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / STATE_FILE).is_file():
         run.load(folder / STATE_FILE, device)
     before = run.seconds
@@ -104,6 +103,7 @@ def _train(
     sampler = MixtureSampler(
         dataset, settings.mixture, settings.batch_size, settings.seed, augmentation, rank, world, start=run.step
     )
+    folder.mkdir(parents=True, exist_ok=True)
     pad = partial(collate, lengths=settings.padded_lengths)
     batches = DataLoader(dataset, batch_sampler=sampler, collate_fn=pad, num_workers=1)
     with _progress(rank) as progress:
@@ -117,7 +117,8 @@ def _train(
                 numbers = {name: round(float(value), 4) for name, value in losses.items()}
                 progress.update(task, completed=run.step, loss=f"loss {numbers['total']:.3f}")
                 if rank == 0:
-                    _log(folder, {"step": run.step, "seconds": round(run.seconds, 1), "gpus": world, **numbers})
+                    facts = {"step": run.step, "seconds": round(run.seconds, 1), "gpus": world}
+                    append_row(folder / LOG_FILE, facts | numbers)
             if rank == 0 and (out_of_time or run.step % settings.save_every == 0 or run.step == settings.steps):
                 run.save(folder / STATE_FILE)
             if out_of_time:
@@ -179,13 +180,8 @@ def _finish(
     run.save_weights(folder / WEIGHTS_FILE, facts)
     summaries = (evaluate(model, dataset, device, batch_size=EVALUATED).summary() for dataset in held_out)
     results = dict(zip(HOLD_OUTS, summaries, strict=True))
-    _log(folder, {**facts, "evaluation": results})
+    append_row(folder / LOG_FILE, {**facts, "evaluation": results})
     Console(stderr=True).print_json(data=results)
-
-
-def _log(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _progress(rank: int) -> Progress:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from pairformer_fast.inference.antibody import check_variable_domain
+from pairformer_fast.inference.files import write_atomically
 from pairformer_fast.model.residue import ATOM14, RESTYPES
 from pairformer_fast.training.derive import DERIVED_SOURCE, Derivation, derive_pairs, heavy_chain
 from pairformer_fast.training.idealize import idealize_backbones
@@ -159,7 +160,7 @@ def prepare(
         path = shard_path(output, name)
         write_shard(path, structures)
         summary["splits"][name] = _counts(path, structures)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -181,7 +182,7 @@ def write_table(data: Path, output: Path, derivation: Derivation | None = None) 
     check_leakage(heavy_chains(pairs), held_out)
     write_pairs(output / TABLE, pairs)
     counts = {"pairs": dict(sorted(Counter(pair.source for pair in pairs).items())), "dropped": dropped}
-    (output / "table.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output / "table.json", json.dumps(counts, indent=2) + "\n")
     return counts
 
 
@@ -226,7 +227,7 @@ def add_pairs(
     path = shard_path(folder, "train-pairs")
     write_shard(path, structures)
     summary = {**_counts(path, structures), "dropped": unsound, "leaks_remaining": 0}
-    (folder / "pairs.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "pairs.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from pairformer_fast.model.factors import HIDDEN, factor_networks, load_factors
 from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.training.origin import load_start, origin_facts
 from pairformer_fast.training.settings import TrainAttention, TrainConfig
+from pairformer_fast.training.state import read_state, write_state
 
 RANK = 16
 """Default rank of factors that are trained with a model."""
@@ -114,8 +114,7 @@ class Run:
         state |= {_average_of(name): part.average.state_dict() for name, part in self.parts.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
         state |= {"origin": self.origin}
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        write_state(path, state)
 
     def load(self, path: Path, device: torch.device) -> None:
         """Read what :meth:`save` wrote.
@@ -123,10 +122,10 @@ class Run:
         Raises
         ------
         ValueError
-            If one run has learned factors and the other a dense bias, their networks differ, or the runs started from
-            different weights.
+            If the file cannot be read, one run has learned factors and the other a dense bias, their networks differ,
+            or the runs started from different weights.
         """
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read_state(path, device)
         if state.get("origin") != self.origin:
             names = [facts["weights"] if facts else "fresh weights" for facts in (state.get("origin"), self.origin)]
             raise ValueError(

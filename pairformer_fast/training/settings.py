@@ -27,7 +27,8 @@ class TrainSettings(Frozen):
     loss_scale : dict
         Factors of the weights of single terms of the loss.
     padded_lengths : tuple of int
-        Batches are padded to one of these, so that few CUDA graphs serve them all.
+        Batches are padded to the least of these that holds them, so that few CUDA graphs serve them all; longer ones to
+        their own longest structure.
     heavy_only, light_only, swapped : float
         Share of the Fv of which only one domain is shown, or the light chain first.
     """

@@ -100,6 +100,7 @@ def read_covabdab(folder: Path) -> tuple[list[Pair], dict[str, int]]:
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs to a gzipped CSV file, for :func:`read_pairs`; it appears only when complete."""
     columns = [field.name for field in fields(Pair)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     # no time stamp: the same pairs give the same bytes
     with (

@@ -42,7 +42,7 @@ def read_run(path: Path) -> StudyRun:
 
     Raises
     ------
-    FileNotFoundError
+    OSError
         If there is no such file.
     ValueError
         If it is no log of a run that reached its last step.
@@ -52,7 +52,8 @@ def read_run(path: Path) -> StudyRun:
         facts, settings, attention = rows[-1], rows[-1]["train"], rows[-1]["attention"]
         unfinished = facts["step"] < settings["steps"]
         arm = _arm(attention)
-        run = StudyRun(arm, settings["seed"], facts, [row for row in rows if "total" in row])
+        curve = {row["step"]: row for row in rows if "total" in row}  # a run that was stopped logs some steps twice
+        run = StudyRun(arm, settings["seed"], facts, list(curve.values()))
     except (json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a finished run of scripts/train.py: {error!r}") from None
     if unfinished:

@@ -50,7 +50,7 @@ def predict_pairs(
         from flash_abb.model.openfold.np import residue_constants
     except ImportError:
         raise ImportError(
-            "the teacher is not installed: pip install flash-abb, or leave the pairs out with --no-pairs"
+            "the teacher is not installed: pip install 'pairformer_fast[train]', or leave the pairs out with --no-pairs"
         ) from None
     _check_order(residue_constants)
     model = pretrained(device=device)

@@ -35,7 +35,7 @@ def test_reference_alone():
         ({"attention": "reference", "compare": True}, "nothing to compare"),
         ({"rank": 0}, "greater than or equal to 1"),
         ({"tolerance": 0}, "greater than 0"),
-        ({"device": "tpu"}, "pattern"),
+        ({"device": "tpu"}, "must be auto, cpu, cuda or cuda:INDEX, but got 'tpu'"),
         ({"recycles": -1}, "greater than or equal to 0"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"precision": "fp16"}, "fp32"),

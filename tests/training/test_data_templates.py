@@ -39,6 +39,6 @@ def test_the_script_names_a_missing_file_and_writes_nothing(repository: Path, tm
     script = repository / "scripts" / "prepare_antibody_data.py"
     command = [sys.executable, str(script), str(tmp_path / "out"), "--data", str(tmp_path / "no data")]
     done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "500", "PATH": ""})
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "sabdab_vh.jsonl.gz does not exist" in done.stderr
     assert not list(tmp_path.iterdir())

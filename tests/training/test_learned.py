@@ -1,14 +1,13 @@
 # ruff: noqa: F401, F811 (fixtures are imported by name)
 """Training with factors of networks instead of a dense bias."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
 from torch import Tensor
-from typer.testing import CliRunner
 
 from pairformer_fast.bias import (
     FactorNetworks,
@@ -108,25 +107,22 @@ def test_networks_of_a_dense_run_are_refused() -> None:
         TrainAttention(rank=4)
 
 
-def test_script_switches_between_dense_bias_and_learned_factors(script, monkeypatch, tmp_path: Path) -> None:
+def test_script_switches_between_dense_bias_and_learned_factors(
+    script, run_script, monkeypatch, tmp_path: Path
+) -> None:
     preset, asked = tmp_path / "preset.yaml", []
     model = LEARNED.model_dump(mode="json", exclude_defaults=True)
     preset.write_text(yaml.safe_dump(model | {"attention": {"bias": "learned", "rank": 16}}))
-    module, app = script("train"), typer.Typer()
-    app.command()(module.main)
-    monkeypatch.setattr(module, "train", lambda config, *_: asked.append(config.attention))
-
-    def run(*options: str):
-        return CliRunner().invoke(app, ["--config", str(preset), *options])
-
+    monkeypatch.setattr(script("train"), "train", lambda config, *_: asked.append(config.attention))
+    run = partial(run_script, "train", "--config", preset)
     for options in ((), ("--rank", "8"), ("--table", "4"), ("--bias", "dense")):
-        assert run(*options).exit_code == 0
+        assert run(*options)[0] == 0
     learned = TrainAttention(bias="learned", rank=16)
     changed = [learned.model_copy(update=update) for update in ({"rank": 8}, {"table": 4})]
     assert asked == [learned, *changed, TrainAttention()]
-    refused = run("--bias", "dense", "--rank", "8")
-    assert (refused.exit_code, "rank is for factor networks" in refused.output) == (2, True)
-    assert run("--bias", "svd").exit_code == 2
+    status, _, err = run("--bias", "dense", "--rank", "8")
+    assert (status, "rank is for factor networks" in err, err.count("\n")) == (2, True, 1)
+    assert run("--bias", "svd")[0] == 2
 
 
 def learned_model(device: str) -> tuple[FoldingModel, FactorNetworks]:

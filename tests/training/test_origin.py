@@ -8,9 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import BiasMethod
@@ -133,13 +131,11 @@ def test_dropout_may_differ(data: Path, weights: Path, tmp_path: Path) -> None:
     assert run.origin == {**origin_facts(path, BiasMethod.DENSE), "steps": 0, "gpu_seconds": 0.0}
 
 
-def test_script_reports_a_missing_start(script: Callable[[str], ModuleType], data: Path, tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(script("train").main)
-    options = ["--data", str(data), "--output", str(tmp_path / "run"), "--from", str(tmp_path / "none.safetensors")]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 2
-    assert "no checkpoint at" in result.output
+def test_script_reports_a_missing_start(run_script: Callable, data: Path, tmp_path: Path) -> None:
+    options = ["--data", data, "--output", tmp_path / "run", "--from", tmp_path / "none.safetensors"]
+    status, _, err = run_script("train", *options)
+    assert status == 2
+    assert "no checkpoint at" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -3,12 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from pairformer_fast.training.study import read_run, summarize
 
@@ -81,15 +78,15 @@ def test_what_is_no_finished_run_is_refused(write: Callable[..., Path], tmp_path
 
 
 def test_script_writes_summary_and_plot(
-    write: Callable[..., Path], script: Callable[[str], ModuleType], tmp_path: Path
+    write: Callable[..., Path], run_script: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    logs = [str(write(bias, seed, 0.8)) for bias in (DENSE, RANK32) for seed in (0, 1)]
-    app = typer.Typer()
-    app.command()(script("factors_study").main)
+    logs = [write(bias, seed, 0.8) for bias in (DENSE, RANK32) for seed in (0, 1)]
     output = tmp_path / "study.json"
-    result = CliRunner().invoke(app, [*logs, "--output", str(output)])
-    assert result.exit_code == 0, result.output
+    status, _, err = run_script("factors_study", *logs, "--output", output)
+    assert status == 0, err
     assert [arm["seeds"] for arm in json.loads(output.read_text())["arms"]] == [[0, 1], [0, 1]]
     assert "CDR-H3" in output.with_suffix(".svg").read_text()
-    assert CliRunner().invoke(app, [str(tmp_path / "none"), "--output", str(output)]).exit_code == 2
+    for wrong in ([tmp_path / "none"], [tmp_path], [*logs, "--output", tmp_path / "none" / "study.json"]):
+        status, _, err = run_script("factors_study", *wrong)
+        assert (status, err.count("\n")) == (2, 1)
