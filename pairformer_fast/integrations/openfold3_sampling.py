@@ -2,8 +2,8 @@
 
 Only the noisy positions and the noise level change over the steps of one run of ``SampleDiffusion``. The conditioned
 pair representation, the biases of all attentions made of it, and the conditioning of the atoms do not: they are kept
-while the sampler runs and freed when it returns. So are weights that are multiplied together, such as those of q, k, v
-and gate.
+while the sampler runs, within half of the free memory (the log says what did not fit), and freed when it returns. So
+are weights that are multiplied together, such as those of q, k, v and gate.
 
 Without a sampler around them, or with gradients, the modules here compute what OpenFold3's do, by its code. Hooks on
 the parts of the transformers are not called within a sampler.
