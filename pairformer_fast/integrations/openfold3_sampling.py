@@ -18,7 +18,11 @@ import torch
 from openfold3.core.model.layers.attention_pair_bias import CrossAttentionPairBias, DiffusionAttentionPairBias
 from openfold3.core.model.layers.diffusion_conditioning import DiffusionConditioning
 from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer, DiffusionTransformerBlock
-from openfold3.core.model.layers.sequence_local_atom_attention import AtomAttentionDecoder, AtomAttentionEncoder
+from openfold3.core.model.layers.sequence_local_atom_attention import (
+    AtomAttentionDecoder,
+    AtomAttentionEncoder,
+    NoisyPositionEmbedder,
+)
 from openfold3.core.model.layers.transition import ConditionedTransitionBlock
 from openfold3.core.model.primitives import AdaLN, LayerNorm, Linear, SwiGLU
 from openfold3.core.model.primitives.attention import Attention
@@ -283,6 +287,9 @@ def sampler_obstacle(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], s
         inner = foreign_part(part, _known) if cls is DiffusionTransformer else None
         if inner is not None:
             return f"{name}.{inner} of its diffusion module is not OpenFold3's own, or of a kind that is not known here"
+    embedder = denoiser.atom_attn_enc.noisy_position_embedder
+    if type(embedder) is not NoisyPositionEmbedder or "forward" in vars(embedder):
+        return "the embedding of noisy positions in its diffusion module is not OpenFold3's own"
     if not {paths[block.attention_pair_bias] for block in denoiser.diffusion_transformer.blocks} <= swapped:
         return "attention of its diffusion transformer is not accelerated"
     return None

@@ -280,12 +280,20 @@ def with_another_activation(model: SampleDiffusion) -> None:
     model.diffusion_module.diffusion_transformer.blocks[0].conditioned_transition.swiglu = nn.Identity()
 
 
-@pytest.mark.parametrize("change", [patched, in_a_precision, with_another_activation])
+def with_another_embedding_of_positions(model: SampleDiffusion) -> None:
+    embedder = model.diffusion_module.atom_attn_enc.noisy_position_embedder
+    forward = embedder.forward
+    embedder.forward = lambda rl, **others: forward(rl=2 * rl, **others)
+
+
+@pytest.mark.parametrize(
+    "change", [patched, in_a_precision, with_another_activation, with_another_embedding_of_positions]
+)
 def test_a_sampler_of_unknown_parts_keeps_nothing(change):
     model = sampler()
     change(model)
     with accelerate(model, DENSE) as acceleration:
         assert acceleration.around == ()
         assert len(acceleration.swapped) == 2
-        assert "of its diffusion module" in {skipped.path: skipped.reason for skipped in acceleration.skipped}[""]
+        assert "its diffusion module is" in {skipped.path: skipped.reason for skipped in acceleration.skipped}[""]
         assert not [module for module in model.modules() if isinstance(module, Keeps)]
