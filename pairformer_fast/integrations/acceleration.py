@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from pydantic import ValidationError
 from torch import nn
 
 from pairformer_fast.bias import (
@@ -19,6 +20,7 @@ from pairformer_fast.bias import (
 )
 from pairformer_fast.bias.attention import Attached
 from pairformer_fast.config import AttentionConfig, BiasMethod
+from pairformer_fast.inference.errors import InputError
 from pairformer_fast.model.factors import HIDDEN, core_path
 
 CORE = "core"
@@ -215,6 +217,21 @@ def block_obstacle(
         if f"{path}.{name}".removeprefix(".") not in swapped:
             return f"its {name} is not accelerated"
     return None
+
+
+def read_config(options: Mapping[str, Any], where: str) -> AttentionConfig:
+    """What is set in a host's configuration, in which it stands at ``where``.
+
+    Raises
+    ------
+    InputError
+        If a field is unknown or its value is wrong.
+    """
+    try:
+        return AttentionConfig.model_validate(options)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise InputError(f"{where}: {wrong}") from None
 
 
 class Acceleration:

@@ -74,7 +74,7 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings) -> RunRepor
     """
     given, out = read_input(fasta, settings), Path(out)
     check_output(out, given.jobs)
-    networks_file(settings)
+    factors = networks_file(settings)
     device = resolve_device(settings.device)
     _say_what_has_no_msa(given)
     paths: dict[str, AttentionConfig | None] = {}
@@ -87,11 +87,13 @@ def fold(fasta: str | Path, out: str | Path, settings: FoldSettings) -> RunRepor
         scratch = Path(name)
         write_query(given, settings.seed, scratch)
         runs = {
-            path: _predict(scratch / path, runner_settings(settings, given.runner, attention, device), settings, device)
+            path: _predict(
+                scratch / path, runner_settings(settings, given.runner, attention, factors, device), settings, device
+            )
             for path, attention in paths.items()
         }
         first = next(iter(runs.values()))
-        engine = _Engine.of(first, settings, device)
+        engine = _Engine.of(first, settings, factors, device)
         chosen = {f"{job}:{chain}": path.name for (job, chain), path in given.msas.items()}
         report = RunReport.start(given.jobs, settings, engine, paths, ("openfold3",), msas=chosen)
         out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,11 @@ def networks_file(settings: FoldSettings) -> Path | None:
 
 
 def runner_settings(
-    settings: FoldSettings, given: dict[str, Any], attention: AttentionConfig | None, device: torch.device
+    settings: FoldSettings,
+    given: dict[str, Any],
+    attention: AttentionConfig | None,
+    factors: Path | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Content of the runner YAML for one path.
 
@@ -140,6 +146,8 @@ def runner_settings(
         The user's runner YAML.
     attention : AttentionConfig, optional
         For attention of this package; None for OpenFold3's own.
+    factors : Path, optional
+        What :func:`networks_file` gave.
     device : torch.device
         Where to run.
     """
@@ -149,8 +157,7 @@ def runner_settings(
 
     memory: dict[str, Any] = {FLAG: attention is not None}
     if attention is not None:
-        file = networks_file(settings)
-        memory[OPTIONS] = attention.model_dump(mode="json") | {FACTORS: None if file is None else str(file)}
+        memory[OPTIONS] = attention.model_dump(mode="json") | {FACTORS: None if factors is None else str(factors)}
     if device.type == "cpu":
         memory["use_triton_triangle_kernels"] = False
     custom: dict[str, Any] = {"settings": {"memory": {"eval": memory}}}
@@ -198,15 +205,15 @@ class _Engine:
     precision: Precision
     recycles: int | None
     checkpoint: Path
-    factors: Path | None = None
+    factors: Path | None
 
     @classmethod
-    def of(cls, run: _Run, settings: FoldSettings, device: torch.device) -> _Engine:
+    def of(cls, run: _Run, settings: FoldSettings, factors: Path | None, device: torch.device) -> _Engine:
         assert settings.checkpoint is not None
         cost = next(iter(run.costs.values()), None)
         precision = resolve_precision(settings.precision, device) if cost is None else cost.precision
         recycles = settings.recycles if cost is None else cost.recycles
-        return cls(device, precision, recycles, settings.checkpoint, networks_file(settings))
+        return cls(device, precision, recycles, settings.checkpoint, factors)
 
 
 @dataclass(frozen=True)

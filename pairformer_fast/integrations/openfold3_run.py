@@ -25,12 +25,11 @@ from openfold3.projects.of3_all_atom.config.model_config import model_config
 from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 from openfold3.run_openfold import cli
-from pydantic import ValidationError
 
 from pairformer_fast.bias import FactorNetworks, FactorsError
 from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.errors import InputError
-from pairformer_fast.integrations.acceleration import Acceleration
+from pairformer_fast.integrations.acceleration import Acceleration, read_config
 from pairformer_fast.integrations.openfold3 import plan
 from pairformer_fast.integrations.openfold3_learned import add_networks, trained_networks
 
@@ -219,11 +218,7 @@ def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, P
     options = memory[mode][OPTIONS].to_dict()
     file = options.pop(FACTORS, None)
     where = f"settings.memory.{mode}.{OPTIONS} of the runner YAML"
-    try:
-        config = AttentionConfig.model_validate(options)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
-        raise InputError(f"{where}: {wrong}") from None
+    config = read_config(options, where)
     if file is not None and config.bias is not BiasMethod.LEARNED:
         raise InputError(f"{where}: {FACTORS} is for bias 'learned', not '{config.bias}'")
     return config, None if file is None else Path(file)

@@ -15,12 +15,11 @@ from typing import Any
 
 from openfold.config import config as openfold_config
 from openfold.model.model import AlphaFold
-from pydantic import ValidationError
 from torch import nn
 
 from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.errors import InputError
-from pairformer_fast.integrations.acceleration import Acceleration
+from pairformer_fast.integrations.acceleration import Acceleration, read_config
 from pairformer_fast.integrations.openfold import plan
 
 FLAG, OPTIONS = "use_flashbias", "flashbias"
@@ -126,11 +125,7 @@ def _attention_config(settings: Any) -> AttentionConfig | None:
     options = options.to_dict() if hasattr(options, "to_dict") else options
     if not isinstance(options, Mapping):
         raise InputError(f"globals.{OPTIONS} must hold fields such as bias and rank, but is {options!r}")
-    try:
-        config = AttentionConfig.model_validate(options)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
-        raise InputError(f"globals.{OPTIONS} of OpenFold's configuration: {wrong}") from None
+    config = read_config(options, f"globals.{OPTIONS} of OpenFold's configuration")
     if config.bias is BiasMethod.LEARNED:
         raise InputError(
             f"globals.{OPTIONS}: bias 'learned' is not for OpenFold, which takes no factor networks; choose another"
