@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pairformer_fast.inference.files import write_atomically
 from pairformer_fast.training.antibody_profile import HEAVY, KAPPA, LAMBDA, build_profile, split_heavy, split_light
 from pairformer_fast.training.sources import read_covabdab, read_sabdab
 from pairformer_fast.user_errors import run_script
@@ -38,7 +39,7 @@ def main(
         "domains": {"heavy": len(heavy), "kappa": len(light["kappa"]), "lambda": len(light["lambda"])},
         "profiles": profiles,
     }
-    output.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_atomically(output, json.dumps(document, separators=(",", ":")) + "\n")
     typer.echo(f"{output}: {document['domains']}")
 
 

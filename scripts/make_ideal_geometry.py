@@ -13,6 +13,7 @@ import torch
 import typer
 from biotite.structure.io.pdb import PDBFile
 
+from pairformer_fast.inference.files import write_atomically
 from pairformer_fast.model.all_atom import group_frame, rigid_group, torsion_atoms
 from pairformer_fast.model.residue import ATOM14, RESTYPES, THREE_LETTER
 from pairformer_fast.model.rigid import Rigid
@@ -49,7 +50,7 @@ def main(
         aa: {atom: np.round(np.median(xyz, axis=0), 4).tolist() for atom, xyz in atoms.items()}
         for aa, atoms in samples.items()
     }
-    output.write_text(json.dumps(geometry, indent=1) + "\n", encoding="utf-8")
+    write_atomically(output, json.dumps(geometry, indent=1) + "\n")
     spread = {aa: max(float(np.std(x, axis=0).max()) for x in atoms.values()) for aa, atoms in samples.items()}
     for aa in RESTYPES:
         print(f"{aa}: {len(samples[aa]['CA'])} residues, largest standard deviation {spread[aa]:.3f} Å")

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from pairformer_fast.inference.predict import resolve_device
 from pairformer_fast.training.prepare import add_pairs
 from pairformer_fast.training.sources import read_pairs
 from pairformer_fast.user_errors import run_script
@@ -23,6 +24,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="pairs predicted together")] = 128,
 ) -> None:
     """Nothing is predicted if a pair shares a cluster with an evaluation domain."""
+    device = str(resolve_device(device))
     pairs = read_pairs(table)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("flash-abb", total=len(pairs))

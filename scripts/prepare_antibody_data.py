@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from pairformer_fast.inference.predict import resolve_device
 from pairformer_fast.training.derive import Derivation
 from pairformer_fast.training.prepare import predict_with_teacher, prepare, write_table
 from pairformer_fast.training.shards import Structure
@@ -45,6 +46,7 @@ def main(
         raise typer.BadParameter("--no-pairs leaves all pairs out: drop it, or drop --derived and --table")
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} exists and is no folder: choose another", param_hint="OUTPUT")
+    device = str(resolve_device(device))
     torch.set_num_threads(threads)
     cache = cache or output.with_name(output.name + "_teacher.safetensors")
 

@@ -26,6 +26,7 @@ from biotite.structure.io.pdb import PDBFile
 from torch import Tensor
 
 from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.inference.files import write_atomically
 from pairformer_fast.user_errors import run_script
 
 try:
@@ -97,7 +98,7 @@ def main(
         "relative_difference": {name: differences(runs[name], runs[OFF]) for name in (ON, CHANGED)},
         **machine(),
     }
-    output.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_atomically(output, json.dumps(document) + "\n")
     print(json.dumps(document["relative_difference"], indent=1))
     print(f"wrote {output}; draw it with scripts/plot_openfold3_training.py")
 

@@ -1,5 +1,6 @@
 """What a user can mend is one line on stderr and status 2; nothing is written."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ import yaml
 from pairformer_fast import user_errors
 from pairformer_fast.config import ModelConfig
 from pairformer_fast.training.settings import TrainConfig
+from pairformer_fast.training.sources import read_crystals
 from pairformer_fast.training.state import read_state, write_state
 
 Run = Callable[..., tuple[int, str, str]]
+COLUMNS = "id,vh,vl,cdrh3,source,cdr"
+PAIR = "p,EVQL,DIQM,,derived,"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def preset(tmp_path: Path) -> Path:
         ("prepare_antibody_data", ["preset.yaml", "--data", "none"], "is no folder"),
         ("prepare_antibody_data", ["out", "--data", "none", "--no-pairs", "--derived", "1"], "--no-pairs leaves"),
         ("prepare_antibody_data", ["out", "--data", "none", "--table"], "give the data folder with --data"),
-        ("predict_antibody_pairs", ["none", "none"], "prepare_antibody_data.py --table"),
+        ("predict_antibody_pairs", ["none", "none", "--device", "cpu"], "prepare_antibody_data.py --table"),
         ("template_baseline", ["none"], "train.safetensors does not exist"),
         ("make_antibody_profile", ["--data", "none", "--output", "x.json"], "give the data folder"),
         ("make_ideal_geometry", ["none", "--output", "x.json"], "does not exist"),
@@ -151,3 +155,37 @@ def test_steps_that_a_stopped_run_logged_twice_count_once(script, tmp_path: Path
     rows = [{"step": step, "total": total} for step, total in ((1, 5.0), (2, 4.0), (2, 3.0), (3, 2.0))]
     (tmp_path / "log").write_text("".join(json.dumps(row) + "\n" for row in [*rows, last]))
     assert [row["total"] for row in read_run(tmp_path / "log").curve] == [5.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "damaged or another kind of file"),
+        (gzip.compress(f"{COLUMNS}\n{PAIR}\n".encode())[:-12], "damaged or another kind of file"),
+        (gzip.compress(b"id,vh\n"), "is no table of pairs"),
+        (gzip.compress(f"{COLUMNS}\n{PAIR}\nq,EVQL\n".encode()), "line 3: vh and vl must be sequences"),
+        (gzip.compress(f"{COLUMNS}\n{PAIR},more\n".encode()), "lacks a field, or has one of another kind"),
+        (gzip.compress(f"{COLUMNS}\n{PAIR}0000\n".encode()), "line 2: cdr must have a digit"),
+    ],
+    ids=["no-gzip", "truncated", "columns", "missing", "superfluous", "cdr"],
+)
+def test_tables_of_pairs(run_script: Run, tmp_path: Path, content: bytes, message: str) -> None:
+    table = tmp_path / "pairs.csv.gz"
+    table.write_bytes(content)
+    status, _, err = run_script("predict_antibody_pairs", table, tmp_path, "--device", "cpu")
+    assert (status, err.count("\n"), message in err) == (2, 1, True), err
+
+
+@pytest.mark.parametrize("name", ["predict_antibody_pairs", "prepare_antibody_data"])
+def test_devices_of_the_teacher(run_script: Run, tmp_path: Path, name: str) -> None:
+    arguments = [tmp_path / "table", tmp_path] if name.startswith("predict") else [tmp_path / "out", "--data", tmp_path]
+    status, _, err = run_script(name, *arguments, "--device", "abacus")
+    assert (status, "use auto, cpu, cuda" in err) == (2, True)
+
+
+@pytest.mark.parametrize("records", [">a|H\nEVQL\n", ">a\nEVQL\n"])
+def test_crystals_of_one_chain_are_named(tmp_path: Path, records: str) -> None:
+    (tmp_path / "fv_crystal").mkdir()
+    (tmp_path / "fv_crystal" / "fv.fasta").write_text(records)
+    with pytest.raises(ValueError, match=r"a needs the records >a\|H and >a\|L"):
+        read_crystals(tmp_path)

@@ -41,11 +41,14 @@ def resolve_device(name: str) -> torch.device:
     Raises
     ------
     InputError
-        If CUDA is asked for and that GPU does not exist.
+        If there is no such device, or CUDA is asked for and that GPU does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name}: unknown; use auto, cpu, cuda or cuda:INDEX") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs; use --device cpu or auto")
     return device

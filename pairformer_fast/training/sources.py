@@ -6,9 +6,12 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from Bio import SeqIO
@@ -66,7 +69,7 @@ def read_sabdab(folder: Path) -> list[SabdabEntry]:
         If a record has non-standard letters, or annotation or coordinates of another length than its sequence.
     """
     entries = []
-    with gzip.open(_existing(folder / SABDAB), "rt", encoding="utf-8") as lines:
+    with _reading(folder / SABDAB) as lines:
         for number, line in enumerate(lines, start=1):
             record = json.loads(line)
             backbone = np.array(record["coords"], dtype=np.float32)
@@ -82,10 +85,18 @@ def read_sabdab(folder: Path) -> list[SabdabEntry]:
 
 
 def read_covabdab(folder: Path) -> tuple[list[Pair], dict[str, int]]:
-    """Distinct VH/VL pairs of ``covabdab_pairs.csv.gz`` in file order, and how many were dropped for what."""
+    """Distinct VH/VL pairs of ``covabdab_pairs.csv.gz`` in file order, and how many were dropped for what.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is absent.
+    ValueError
+        If it is no such file.
+    """
     pairs: dict[tuple[str, str], Pair] = {}
     dropped = {"non_standard_letters": 0, "duplicate": 0}
-    with gzip.open(_existing(folder / COVABDAB), "rt", encoding="utf-8", newline="") as file:
+    with _reading(folder / COVABDAB) as file:
         for row in csv.DictReader(file):
             key = (row["vh"], row["vl"])
             if not set(row["vh"] + row["vl"]) <= set(RESTYPES):
@@ -122,19 +133,23 @@ def read_pairs(path: Path) -> list[Pair]:
     FileNotFoundError
         If the file is absent.
     ValueError
-        If it is no such file.
+        If it is no such file, or a row is no pair of sequences of the twenty residues.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; make it with scripts/prepare_antibody_data.py --table")
     columns = [field.name for field in fields(Pair)]
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != columns:
-                raise ValueError(f"{path} is no table of pairs: columns {reader.fieldnames}, expected {columns}")
-            return [Pair(**row) for row in reader]
-    except gzip.BadGzipFile as error:
-        raise ValueError(f"{path} is no table of pairs: {error}") from None
+    with _reading(path) as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != columns:
+            raise ValueError(f"{path} is no table of pairs: columns {reader.fieldnames}, expected {columns}")
+        pairs = [Pair(**row) for row in reader]
+    for number, pair in enumerate(pairs, start=2):
+        letters = pair.vh + (pair.vl or "")
+        if not pair.vh or not pair.vl or not set(letters) <= set(RESTYPES):
+            raise ValueError(f"{path} line {number}: vh and vl must be sequences of the twenty residues")
+        if pair.cdr and (len(pair.cdr) != len(letters) or not set(pair.cdr) <= set("0123")):
+            raise ValueError(f"{path} line {number}: cdr must have a digit, 0 to 3, for each residue of vh and vl")
+    return pairs
 
 
 def read_crystals(folder: Path) -> list[Crystal]:
@@ -143,15 +158,18 @@ def read_crystals(folder: Path) -> list[Crystal]:
     Raises
     ------
     ValueError
-        If a PDB file's residues differ from its FASTA sequences.
+        If an entry has other records, or a PDB file's residues differ from its FASTA sequences.
     """
     from biotite.structure.io.pdb import PDBFile
 
     root = folder / CRYSTALS
     sequences: dict[str, dict[str, str]] = {}
     for record in SeqIO.parse(str(_existing(root / "fv.fasta")), "fasta"):
-        name, chain = record.id.split("|")
+        name, _, chain = record.id.partition("|")
         sequences.setdefault(name, {})[chain] = str(record.seq)
+    for name, chains in sequences.items():
+        if chains.keys() != {"H", "L"}:
+            raise ValueError(f"{root / 'fv.fasta'}: {name} needs the records >{name}|H and >{name}|L, and no other")
     one_letter = {three: one for one, three in THREE_LETTER.items()}
     crystals = []
     for name, chains in sequences.items():
@@ -172,6 +190,18 @@ def read_crystals(folder: Path) -> list[Crystal]:
             coords.append(positions)
         crystals.append(Crystal(name, chains["H"], chains["L"], np.concatenate(coords)))
     return crystals
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[TextIO]:
+    """Text of a gzipped file; what shows that it is damaged or another file becomes a ValueError with its name."""
+    try:
+        with gzip.open(_existing(path), "rt", encoding="utf-8", newline="") as file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or another kind of file: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a record lacks a field, or has one of another kind: {error}") from None
 
 
 def _existing(path: Path) -> Path:

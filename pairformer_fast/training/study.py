@@ -54,7 +54,7 @@ def read_run(path: Path) -> StudyRun:
         arm = _arm(attention)
         curve = {row["step"]: row for row in rows if "total" in row}  # a run that was stopped logs some steps twice
         run = StudyRun(arm, settings["seed"], facts, list(curve.values()))
-    except (json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a finished run of scripts/train.py: {error!r}") from None
     if unfinished:
         raise ValueError(f"{path} stopped at step {facts['step']} of {settings['steps']}: let it finish first")
