@@ -27,6 +27,6 @@ def test_production_kernels_compile_for_sm_90(tmp_path):
         assert kernel["copies"], f"no bulk copies: {kernel}"
         assert not kernel["overwritten"], f"miscompiled: {kernel}"
         assert not kernel["unfinished"], f"shared memory is given back while it is read: {kernel}"
-        assert kernel["arrivals"] > 4, f"the disassembly has changed and nothing was checked: {kernel}"
+        assert kernel["arrivals"] > 3, f"the disassembly has changed and nothing was checked: {kernel}"
     # Otherwise the disassembly has changed and nothing was checked.
     assert sum(kernel["from_registers"] for kernel in kernels) > 50
