@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,7 @@ import torch
 from benchmark_gpu import Ceilings, NotCaptured, Stopwatch, Timing, describe, release
 from benchmark_implementations import Implementation, Prepared
 from benchmark_problem import Case, Kind, Problem
-from benchmark_rows import machine, write_rows
+from benchmark_rows import machine, read_rows, write_rows
 from benchmark_selection import Selection
 from benchmark_targets import print_summary
 from torch import Tensor
@@ -56,7 +55,7 @@ def run(selection: Selection, output: Path, commit: str | None, resume: bool, de
     DeviceLost
         If an implementation destroyed the CUDA context. Its row is written; a fresh process can resume.
     """
-    rows: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8")) if resume and output.exists() else []
+    rows: list[dict[str, Any]] = read_rows(output) if resume else []
     done = {_key(row) for row in rows}
     origin = machine(commit)
     stopwatch = Stopwatch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from benchmark_block_problem import Case, Problem
 from benchmark_block_selection import BlockSelection
 from benchmark_block_targets import print_summary
 from benchmark_gpu import Ceilings, NotCaptured, RestoringStopwatch, Stopwatch, describe, release
-from benchmark_rows import machine, write_rows
+from benchmark_rows import machine, read_rows, write_rows
 
 LIMITS = {torch.bfloat16: 1.0, torch.float32: 1e-3}
 """By the dtype that is computed in: what the largest accepted relative errors below are multiplied by."""
@@ -46,7 +45,7 @@ def run(selection: BlockSelection, output: Path, commit: str | None, resume: boo
     benchmark_gpu.DeviceLost
         If an implementation destroyed the CUDA context. Its row is written; a fresh process can resume.
     """
-    rows: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8")) if resume and output.exists() else []
+    rows: list[dict[str, Any]] = read_rows(output) if resume else []
     done = {_key(row) for row in rows}
     origin = machine(commit)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from benchmark_openfold3_implementations import EAGER, Implementation, biases
 from benchmark_openfold3_problem import Problem, Result, build
 from benchmark_openfold3_selection import Case, OpenFold3Selection
 from benchmark_openfold3_targets import print_summary
-from benchmark_rows import machine, write_rows
+from benchmark_rows import machine, read_rows, write_rows
 from torch import Tensor
 
 MAX_RUNS, ENOUGH_SECONDS = 5, 3.0
@@ -46,7 +45,7 @@ def run(selection: OpenFold3Selection, output: Path, commit: str | None, resume:
     benchmark_gpu.DeviceLost
         If an implementation destroyed the CUDA context. Its row is written; a fresh process can resume.
     """
-    rows: list[Row] = json.loads(output.read_text(encoding="utf-8")) if resume and output.exists() else []
+    rows: list[Row] = read_rows(output) if resume else []
     origin, left = machine(commit), 0
     for training, of_model in groupby(selection.cases(), key=lambda case: case.training):
         model = None

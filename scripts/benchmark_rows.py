@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pairformer_fast.inference.errors import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "benchmarks"
 
@@ -35,6 +37,23 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run, none if there is no file.
+
+    Raises
+    ------
+    InputError
+        If the file is something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise InputError(f"{path} has no rows to resume from: {error}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path} has no rows to resume from")
+    return rows
 
 
 def _head() -> str | None:

@@ -189,3 +189,12 @@ def test_crystals_of_one_chain_are_named(tmp_path: Path, records: str) -> None:
     (tmp_path / "fv_crystal" / "fv.fasta").write_text(records)
     with pytest.raises(ValueError, match=r"a needs the records >a\|H and >a\|L"):
         read_crystals(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["no json", "{}"])
+def test_rows_to_resume_from(script, tmp_path: Path, content: str) -> None:
+    module = script("benchmark_rows")
+    assert module.read_rows(tmp_path / "none.json") == []
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(module.InputError, match=r"rows\.json has no rows to resume from"):
+        module.read_rows(tmp_path / "rows.json")

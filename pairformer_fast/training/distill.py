@@ -44,8 +44,12 @@ class DistillSettings(Frozen):
         Batches of so many chains, drawn evenly from the training split.
     learning_rate : float
         Of the first step; it falls linearly to zero.
+    gradient_norm : float
+        Norm that gradients are clipped to.
     held_out : int
         Structures of the validation split that errors are probed on.
+    log_every, save_every : int
+        Steps between rows of the log, and between saved states.
     """
 
     rank: int = Field(default=32, ge=1)

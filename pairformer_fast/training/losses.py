@@ -172,7 +172,7 @@ def lddt_ca(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """lDDT with sigmoids for steps (AF3 Algorithm 27), one value per structure ``[B]``."""
+    """lDDT with sigmoids for steps (AF3 Algorithm 27), ``[B]``, for CA ``[B, N, 3]`` (Å) and ``mask [B, N]``."""
     between, pairs = _lddt_pairs(target, mask)
     difference = x[:, :, None] - x[:, None, :]
     error = ((difference.square().sum(-1) + EPSILON).sqrt() - between).abs()
@@ -181,7 +181,10 @@ def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def distogram_loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of binned CB distances; CB is built from the backbone, so every residue has one."""
+    """Cross-entropy ``[B]`` of binned CB distances (Å), for ``logits [B, N, N, bins]`` and ``target [B, N, 14, 3]``.
+
+    CB is built from the backbone, so every residue has one.
+    """
     cb = virtual_cb(target)
     edges = torch.linspace(*DISTOGRAM_RANGE, logits.shape[-1] - 1, device=logits.device)
     bins = torch.bucketize(distances(cb), edges)
@@ -221,7 +224,7 @@ def binned_loss(logits: Tensor, value: Tensor, largest: float, mask: Tensor) -> 
 def pae_loss(
     logits: Tensor, frames: Rigid, target_frames: Rigid, frame_mask: Tensor, ca: Tensor, mask: Tensor
 ) -> Tensor:
-    """Cross-entropy of the error of CA j in frame i (Å)."""
+    """Cross-entropy ``[B]`` of the error of CA j in frame i (Å), for ``logits [B, N, N, bins]``."""
     with torch.no_grad():
         error = (frames.see(frames.trans) - target_frames.see(ca)).norm(dim=-1)
     return binned_loss(logits, error, PAE_LARGEST, frame_mask[:, :, None] & mask[:, None, :])

@@ -239,7 +239,7 @@ def predict_with_teacher(
         shard = Shard(cache)
         if shard.ids == [pair.id for pair in pairs]:
             structures = list(shard)
-            if all(_sequence(s) == pair.vh + pair.vl for s, pair in zip(structures, pairs, strict=True)):
+            if all(s.sequence == pair.vh + pair.vl for s, pair in zip(structures, pairs, strict=True)):
                 return structures
     write_shard(cache, predict_structures(pairs, device, on_progress=on_progress))
     return list(Shard(cache))  # rounded as on every later call
@@ -298,9 +298,8 @@ def _first_chains(shard: Shard) -> list[HeavyChain]:
     chains = []
     for structure in shard:
         first = structure.select(np.flatnonzero(structure.chain_index == 0))
-        sequence = _sequence(first)
-        annotations = ["".join(map(str, first.cdr)), check_variable_domain(sequence).cdr]
-        chains.append(annotated_chain(structure.id, sequence, annotations))
+        annotations = ["".join(map(str, first.cdr)), check_variable_domain(first.sequence).cdr]
+        chains.append(annotated_chain(structure.id, first.sequence, annotations))
     return chains
 
 
@@ -323,10 +322,6 @@ def _annotate(*chains: str) -> str:
 
 def _aatype(sequence: str) -> np.ndarray:
     return np.array([RESTYPES.index(aa) for aa in sequence], dtype=np.int8)
-
-
-def _sequence(structure: Structure) -> str:
-    return "".join(RESTYPES[aa] for aa in structure.aatype)
 
 
 def _structure(

@@ -45,6 +45,14 @@ class Run:
     ----------
     parts : dict of str to Averaged
         ``model``, and ``networks`` where factors are learned.
+    optimizer : torch.optim.Optimizer
+        Of all parts together.
+    origin : dict, optional
+        :func:`~pairformer_fast.training.origin.origin_facts` of the weights that the run started from.
+    step : int
+        Steps done.
+    seconds : float
+        Wall-clock time of them.
     """
 
     parts: dict[str, Averaged]

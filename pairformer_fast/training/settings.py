@@ -19,6 +19,12 @@ class TrainSettings(Frozen):
         Length of the run; the learning rate falls to zero over it.
     batch_size : int
         Chains a step and GPU.
+    learning_rate : float
+        The peak; it rises linearly over ``warmup`` steps and falls from the share ``decay_from`` of all steps on.
+    weight_decay, gradient_norm, ema_decay : float
+        Of AdamW; norm that gradients are clipped to; of the moving average of the weights.
+    max_recycles : int
+        Recycles of a step are drawn from 0 to this.
     mixture : dict
         Relative share of each data source.
     loss_from : float
@@ -31,6 +37,8 @@ class TrainSettings(Frozen):
         their own longest structure.
     heavy_only, light_only, swapped : float
         Share of the Fv of which only one domain is shown, or the light chain first.
+    log_every, save_every : int
+        Steps between rows of the log, and between saved states.
     """
 
     seed: int = 0

@@ -16,6 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from pairformer_fast.model.residue import RESTYPES
+
 UNIT = 0.01
 """Å per coordinate step."""
 
@@ -52,6 +54,11 @@ class Structure:
 
     def __len__(self) -> int:
         return len(self.aatype)
+
+    @property
+    def sequence(self) -> str:
+        """One-letter codes of all chains, one after another."""
+        return "".join(RESTYPES[aa] for aa in self.aatype)
 
     def select(self, rows: np.ndarray) -> Structure:
         """The given residues in the given order; chains are numbered anew, by first appearance."""

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from Bio.Align import Alignment, PairwiseAligner, substitution_matrices
 
-from pairformer_fast.model.residue import RESTYPES
 from pairformer_fast.training.losses import lddt_ca
 from pairformer_fast.training.shards import Structure
 
@@ -38,10 +37,10 @@ def template_baseline(templates: list[Structure], targets: list[Structure]) -> l
     aligner = PairwiseAligner(
         substitution_matrix=substitution_matrices.load("BLOSUM62"), open_gap_score=-11, extend_gap_score=-1
     )
-    sequences = [_sequence(template) for template in templates]
+    sequences = [template.sequence for template in templates]
     scores = []
     for target in targets:
-        sequence = _sequence(target)
+        sequence = target.sequence
         best = int(np.argmax([aligner.score(sequence, other) for other in sequences]))
         copied = _copied_ca(aligner.align(sequence, sequences[best])[0], templates[best], len(target))
         known = torch.ones(1, len(target), dtype=torch.bool)
@@ -58,7 +57,3 @@ def _copied_ca(alignment: Alignment, template: Structure, length: int) -> np.nda
     for (target_from, target_to), (template_from, template_to) in zip(*alignment.aligned, strict=True):
         ca[target_from:target_to] = template.atom14[template_from:template_to, 1]
     return ca
-
-
-def _sequence(structure: Structure) -> str:
-    return "".join(RESTYPES[aa] for aa in structure.aatype)
