@@ -133,7 +133,7 @@ class FactorTraining(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the averages where OpenFold3 updates its own."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+        if pl_module._is_opt_step_ready(batch_idx):
             self._averages.update(self._networks)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from openfold3.core.model.layers.diffusion_transformer import DiffusionTransform
 from openfold3.core.model.layers.triangular_attention import TriangleAttention
 from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.project_entry import OF3ProjectEntry
+from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 
 from pairformer_fast.integrations.openfold3_distill import distill
 from pairformer_fast.integrations.openfold3_learned import ENTRY, FactorTraining
@@ -227,18 +228,19 @@ def assert_other(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor
 def test_validation_sees_averages_and_training_goes_on_with_the_weights():
     networks = networks_for(block())
     training = FactorTraining(networks, decay=0.5)
-    trainer = SimpleNamespace(
-        accumulate_grad_batches=1,
-        is_last_batch=False,
-        save_checkpoint=None,
-        strategy=SimpleNamespace(remove_checkpoint=None),
-    )
-    training.on_fit_start(trainer, None)
+    strategy = SimpleNamespace(remove_checkpoint=None)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, is_last_batch=False, save_checkpoint=None, strategy=strategy)
+    # Of a runner that accumulates gradients itself: two batches make a step.
+    manager = SimpleNamespace(accumulate_grad_batches=2)
+    runner = SimpleNamespace(per_sample_grad_clipping=True, grad_manager=manager, trainer=trainer)
+    runner._is_opt_step_ready = MethodType(OpenFold3AllAtom._is_opt_step_ready, runner)
+    training.on_fit_start(trainer, runner)
     before = copy.deepcopy(networks.state_dict())
     with torch.no_grad():
         for parameter in networks.parameters():
             parameter += 1
-    training.on_train_batch_end(trainer, None, None, None, 0)
+    for batch in range(2):
+        training.on_train_batch_end(trainer, runner, None, None, batch)
     training.on_validation_epoch_start(trainer, None)
     assert all(torch.allclose(value, before[name] + 0.5) for name, value in networks.state_dict().items())
     training.on_validation_epoch_end(trainer, None)
