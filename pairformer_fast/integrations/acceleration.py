@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -151,6 +151,30 @@ def sort_out(
         others = "".join(f"; {s.path or 'the model'} ({s.cls}): {s.reason}" for s in skipped[:3])
         raise ValueError(f"{type(model).__name__} has nothing to accelerate: looked for {looked_for}{others}")
     return targets, skipped
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether the name of its class says so."""
+    return "attention" in type(module).__name__.lower()
+
+
+def attention_owners(
+    model: nn.Module, attention: type[nn.Module], others: tuple[type[nn.Module], ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of a model that own a host's multi-head ``attention``, and what looks like them and holds no such module.
+
+    ``others`` are classes that belong to the latter whatever their names.
+    """
+
+    def alike(module: nn.Module) -> bool:
+        return isinstance(module, others) or looks_like_attention(module)
+
+    for path, module in model.named_modules():
+        if isinstance(module, (attention, PairBiasAttention)):
+            continue
+        owns = any(isinstance(child, attention) for child in module.children())
+        if owns or (alike(module) and sum(map(alike, module.modules())) == 1):
+            yield path, module
 
 
 def instance_obstacle(module: nn.Module, holder: str = "mha") -> str | None:

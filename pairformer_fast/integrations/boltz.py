@@ -44,6 +44,7 @@ from pairformer_fast.integrations.acceleration import (
     block_obstacle,
     foreign_part,
     instance_obstacle,
+    looks_like_attention,
     sort_out,
 )
 from pairformer_fast.integrations.triangles import NamedAsInOpenFold3, attend_rows, attend_triangles
@@ -299,12 +300,8 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (Attention, PairBiasAttention)):
             continue
         known = isinstance(module, (*_NEW_CLASS, PairWeightedAveraging))
-        if known or (_looks_like_attention(module) and sum(map(_looks_like_attention, module.modules())) == 1):
+        if known or (looks_like_attention(module) and sum(map(looks_like_attention, module.modules())) == 1):
             yield path, module
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
 
 
 def _obstacle(module: nn.Module) -> str | None:

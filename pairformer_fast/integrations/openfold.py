@@ -17,7 +17,6 @@ reach attention, which never holds a table of all its weights, and without gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from openfold.model.msa import MSARowAttentionWithPairBias
@@ -32,6 +31,7 @@ from pairformer_fast.integrations.acceleration import (
     Plan,
     Skipped,
     Target,
+    attention_owners,
     instance_obstacle,
     sort_out,
 )
@@ -174,7 +174,7 @@ def plan(model: nn.Module) -> Plan:
     ValueError
         If there is nothing to swap.
     """
-    targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
+    targets, skipped = sort_out(model, attention_owners(model, Attention), _obstacle, _target, _NEW_CLASS)
     around = {}
     for path, module in model.named_modules():
         if not updates.is_known(module):
@@ -189,20 +189,6 @@ def plan(model: nn.Module) -> Plan:
 def _target(path: str, module: nn.Module) -> Target:
     mha = module.get_submodule("mha")
     return Target(path, (NewClass(module, _NEW_CLASS[type(module)]), NewClass(mha, FastAttention)), mha)
-
-
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own OpenFold's ``Attention``, and others that look like attention and hold no such module."""
-    for path, module in model.named_modules():
-        if isinstance(module, (Attention, PairBiasAttention)):
-            continue
-        owns = any(isinstance(child, Attention) for child in module.children())
-        if owns or (_looks_like_attention(module) and sum(map(_looks_like_attention, module.modules())) == 1):
-            yield path, module
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
 
 
 def _obstacle(module: nn.Module) -> str | None:

@@ -46,6 +46,7 @@ from pairformer_fast.integrations.acceleration import (
     Plan,
     Skipped,
     Target,
+    attention_owners,
     block_obstacle,
     foreign_part,
     instance_obstacle,
@@ -234,7 +235,9 @@ def plan(model: nn.Module) -> Plan:
     ValueError
         If there is nothing to swap.
     """
-    targets, skipped = sort_out(model, _attentions(model), _obstacle, _target, _NEW_CLASS)
+    targets, skipped = sort_out(
+        model, attention_owners(model, Attention, tuple(_OTHER)), _obstacle, _target, _NEW_CLASS
+    )
     swapped = {target.path for target in targets}
     paths = {module: path for path, module in model.named_modules()}
     around: dict[str, NewClass] = {}
@@ -285,20 +288,6 @@ def _target(path: str, module: nn.Module) -> Target:
     ):
         cls = AttentionPairBias
     return Target(path, (NewClass(module, cls), NewClass(mha, FastAttention)), mha)
-
-
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own OpenFold3's ``Attention``, and others that look like attention and hold no such module."""
-    for path, module in model.named_modules():
-        if isinstance(module, (Attention, PairBiasAttention)):
-            continue
-        owns = any(isinstance(child, Attention) for child in module.children())
-        if owns or (_looks_like_attention(module) and sum(map(_looks_like_attention, module.modules())) == 1):
-            yield path, module
-
-
-def _looks_like_attention(module: nn.Module) -> bool:
-    return isinstance(module, tuple(_OTHER)) or "attention" in type(module).__name__.lower()
 
 
 def _obstacle(module: nn.Module) -> str | None:
