@@ -86,6 +86,8 @@ def factorize_randomised(
     basis = centred @ _sketch(centred, rank, seed, start)
     for _ in range(_iterations(rank) - saved):
         basis = orthogonalised(centred @ (centred.mT @ basis))
+    if mask is not None:
+        basis = basis.masked_fill(~kept_tokens(mask, bias)[:, None, :, None], 0)
     projected = centred.mT @ basis
 
     length = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)

@@ -91,8 +91,8 @@ def decompose(bias: Tensor, mask: Tensor | None) -> Spectrum:
     floor = torch.maximum(values.amax(-1) * precision, rounding)[..., None]
     rank = (values > floor).sum(-1)
     root = values.clamp(min=torch.finfo(torch.float64).tiny).sqrt().unsqueeze(-2)
-    right = (vectors * root).masked_fill(~keep[:, None, :, None], 0)
-    return Spectrum(values, (projected / root).to(bias.dtype), right.to(bias.dtype), rank)
+    left, right = (x.masked_fill(~keep[:, None, :, None], 0).to(bias.dtype) for x in (projected / root, vectors * root))
+    return Spectrum(values, left, right, rank)
 
 
 @contextmanager
