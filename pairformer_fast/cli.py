@@ -300,6 +300,19 @@ def _fold_row(job: JobReport) -> list[str]:
     ]
 
 
+def _predicted_cost(job: JobInspection) -> str:
+    costs = [attention.predicted_cost for attention in job.attentions]
+    known = [(cost.factors, cost.mixed) for cost in costs if cost.factors is not None and cost.mixed is not None]
+    if not known:
+        return "time of attention with such ranks was not measured"
+    factors, mixed = (sum(column) / len(known) for column in zip(*known, strict=True))
+    return (
+        f"time of attention on {costs[0].device} by benchmark, relative to the dense bias: with the factors "
+        f"{factors:.2f}, with those tiles dense beside them {mixed:.2f} (mean of {len(known)} of {len(costs)}); making "
+        "factors comes on top"
+    )
+
+
 def _inspection_table(job: JobInspection) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -309,7 +322,7 @@ def _inspection_table(job: JobInspection) -> Table:
         caption=(
             "over heads: rank of the factors (in brackets if the bias stayed dense), least energy of as many singular "
             "values, largest eps, bound, probed mean and probed maximum, share of tiles with a bound above "
-            f"{job.tolerance:g}"
+            f"{job.tolerance:g}\n{_predicted_cost(job)}"
         ),
     )
     table.add_column("attention", overflow="fold", min_width=12)

@@ -1,6 +1,7 @@
 # ruff: noqa: F401, F811 (fixtures are imported by name)
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -201,6 +202,7 @@ def test_inspect_prints_a_table_and_says_what_plots_need(weights, run, fasta, tm
     assert status == 0
     assert "…" not in out
     rows = [line.split() for line in out.splitlines() if "pair_" in line]
+    assert re.search(r"by benchmark, relative to the dense bias: with the factors\s+0\.9\d", " ".join(out.split()))
     assert [row[:2] for row in rows[:3]] == [
         ["0.pair_stack.tri_att_start", "3"],
         ["0.pair_stack.tri_att_end", "3"],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pairformer_fast.bias.costs import predicted_cost
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsError
 from pairformer_fast.bias.methods import MissingFactorNetworksError
@@ -45,6 +46,9 @@ class BiasReport:
         tanh(eps / 2), guaranteed bound on the total variation of attention weights.
     probed_mean, probed_max : tuple of float, optional
         Total variation measured on sampled queries.
+    predicted_cost : float, optional
+        Time of this attention relative to that with the dense bias, from :mod:`pairformer_fast.bias.costs`, without
+        what the factors cost to make; None where no time was measured, such as on a CPU.
     """
 
     choice: str
@@ -54,17 +58,21 @@ class BiasReport:
     bound: tuple[float, ...] | None = None
     probed_mean: tuple[float, ...] | None = None
     probed_max: tuple[float, ...] | None = None
+    predicted_cost: float | None = None
 
     @classmethod
-    def of(cls, outcome: Factorization, backend: Backend) -> BiasReport:
-        """Summary of a factorisation, and of what computed attention with it."""
+    def of(cls, outcome: Factorization, backend: Backend, q: Tensor) -> BiasReport:
+        """Summary of a factorisation, and of what computed attention with it for queries ``q``."""
         factors, probed = outcome.factors, outcome.probed
         if factors is None or probed is None:
             heads, tokens = outcome.bias.shape[1:3]
             exact = (0.0,) * heads
-            return cls("dense", backend.value, (tokens,) * heads, exact, exact, exact, exact)
-        per_head = (factors.rank, factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
-        return cls("factors", backend.value, *(tuple(value.amax(0).tolist()) for value in per_head))
+            cost = 1.0 if backend is Backend.TRITON else None
+            return cls("dense", backend.value, (tokens,) * heads, exact, exact, exact, exact, cost)
+        errors = (factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
+        rank, eps, bound, mean, largest = (tuple(value.amax(0).tolist()) for value in (factors.rank, *errors))
+        cost = predicted_cost(backend, q, factors.phi_q.shape[-1])
+        return cls("factors", backend.value, rank, eps, bound, mean, largest, cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +220,9 @@ class PairBiasAttention(Configured):
         factors = self.attached.network(tokens, keep, q.dtype)
         if not self.training:
             heads, rank = factors.phi_q.shape[1], factors.phi_q.shape[-1]
-            self.report.append(BiasReport("factors", chosen_backend(self.config.backend, q).value, (rank,) * heads))
+            backend = chosen_backend(self.config.backend, q)
+            cost = predicted_cost(backend, q, rank)
+            self.report.append(BiasReport("factors", backend.value, (rank,) * heads, predicted_cost=cost))
         return factors
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, decided: Tensor | Factors, mask: Tensor | None) -> Tensor:
@@ -230,7 +240,7 @@ class PairBiasAttention(Configured):
         if recycled is not None and outcome.factors is not None:
             recycled.phi_k = outcome.factors.phi_k
         if not self.training:
-            report = BiasReport.of(outcome, chosen_backend(self.config.backend, q))
+            report = BiasReport.of(outcome, chosen_backend(self.config.backend, q), q)
             self.report.append(report)
             if self._observer is not None:
                 self._observer(Decision(q, k, mask, self.config, outcome, report))
@@ -345,13 +355,8 @@ def warm_starts(model: nn.Module) -> Iterator[None]:
     :func:`~pairformer_fast.bias.randomised.factorize_randomised`); nothing else changes. Nothing is kept beyond
     the body of the ``with`` statement, which should run the model on one input: results then do not depend on earlier
     ones.
-
-    Raises
-    ------
-    ValueError
-        If the model has no :class:`PairBiasAttention`.
     """
-    cores = _attentions(model).values()
+    cores = [module for module in model.modules() if isinstance(module, PairBiasAttention)]
     try:
         for core in cores:
             core._recycled = Recycled()

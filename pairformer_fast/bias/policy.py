@@ -36,8 +36,14 @@ R = N / 2 on they are no smaller than the bias they replace.
 DECOMPOSED_ON = (Backend.REFERENCE, Backend.TORCH)
 """Backends on which ``auto`` decomposes a bias at all.
 
-On an H100 the Triton kernels take 1.90 ms with a dense bias at N = 1024 and 1.80 ms with factors of rank 32
-(``data/benchmarks/attention.json``): the difference leaves no room for decomposing a bias that is used once.
+With the Triton kernels it keeps the dense bias, by the costs measured on an H100 (:mod:`pairformer_fast.bias.costs`):
+
+* Factors of rank 32 take 0.95 to 0.99 of the time of the dense bias in triangle attention of 256 to 1024 tokens. What
+  they save, 0.1 ms at 1024 tokens and less below, is all that making and judging them may cost. From 2048 tokens on it
+  is 1.5 ms and more; whether they can be made in that is not measured.
+* Factors with a quarter of the tiles dense take 1.06 to 1.15 of the time of the dense bias in triangle attention of any
+  size, at 1024 tokens 1.11 even with no tile flagged. So they are never worth choosing there; in attention of single
+  tokens they save 9 us at 2048.
 """
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pairformer_fast.bias import BiasFactors, Decision
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
+from pairformer_fast.bias.costs import FORMS, AttentionCosts
 from pairformer_fast.bias.methods import candidates, check_finite
 from pairformer_fast.bias.policy import factorize
 from pairformer_fast.bias.probe import Probe, ProbedError
@@ -96,6 +97,24 @@ class TileMap(Frozen):
     dense: list[list[bool]]
 
 
+class PredictedCost(Frozen):
+    """Time of this attention on a GPU relative to that with the dense bias, without what factors cost to make.
+
+    Attributes
+    ----------
+    device : str
+        Where :class:`~pairformer_fast.bias.costs.AttentionCosts` was measured, not where this ran.
+    factors : float or None
+        With the factors; None above the ranks measured.
+    mixed : float or None
+        With those tiles dense whose bound is above the tolerance.
+    """
+
+    device: str
+    factors: float | None
+    mixed: float | None
+
+
 class AttentionInspection(Frozen):
     """One attention with a pair bias; lists have one entry a head.
 
@@ -119,6 +138,8 @@ class AttentionInspection(Frozen):
         Error by method and rank.
     tiles : list of TileMap
         Of ``factors``.
+    predicted_cost : PredictedCost
+        Of ``factors``, alone and with these tiles.
     """
 
     name: str
@@ -132,12 +153,12 @@ class AttentionInspection(Frozen):
     spectrum: list[Spectrum]
     ladder: list[Rung]
     tiles: list[TileMap] = Field(description=f"{TILE} x {TILE} entries a tile")
+    predicted_cost: PredictedCost
 
     @property
     def dense_share(self) -> float:
         """Share of the tiles of all heads that would stay dense, 0 to 1."""
-        flags = [flag for tile_map in self.tiles for row in tile_map.dense for flag in row]
-        return sum(flags) / len(flags)
+        return _dense_share(self.tiles)
 
 
 @torch.no_grad()
@@ -174,6 +195,7 @@ def inspect_decision(name: str, decision: Decision, methods: Sequence[BiasMethod
         assert outcome.factors is not None
         assert outcome.probed is not None
         report = decision.report
+        tiles = tile_maps(bias, outcome.factors, mask, decision.config.tolerance)
         return AttentionInspection(
             name=name,
             tokens=bias.shape[-1],
@@ -185,7 +207,8 @@ def inspect_decision(name: str, decision: Decision, methods: Sequence[BiasMethod
             factors=Quality.of(outcome.factors, outcome.probed),
             spectrum=_spectrum(bias, mask),
             ladder=[rung for method in methods for rung in _climb(method, bias, Probe(q, k, bias, mask), mask)],
-            tiles=tile_maps(bias, outcome.factors, mask, decision.config.tolerance),
+            tiles=tiles,
+            predicted_cost=_predicted_cost(q, outcome.factors.phi_q.shape[-1], _dense_share(tiles)),
         )
 
 
@@ -221,6 +244,20 @@ def tile_maps(bias: Tensor, factors: BiasFactors, mask: Tensor | None, tolerance
     deviation = padded.unflatten(2, (count, TILE)).unflatten(1, (count, TILE)).amax((2, 4))
     dense = torch.tanh(deviation / 2) > tolerance
     return [TileMap(deviation=x, dense=d) for x, d in zip(deviation.tolist(), dense.tolist(), strict=True)]
+
+
+def _dense_share(tiles: list[TileMap]) -> float:
+    flags = [flag for tile_map in tiles for row in tile_map.dense for flag in row]
+    return sum(flags) / len(flags)
+
+
+def _predicted_cost(q: Tensor, rank: int, dense_share: float) -> PredictedCost:
+    costs, form, tokens = AttentionCosts.shipped(), FORMS[q.ndim], q.shape[-3]
+    return PredictedCost(
+        device=costs.device,
+        factors=costs.factors(form, tokens, rank),
+        mixed=costs.mixed(form, tokens, rank, dense_share),
+    )
 
 
 def _spectrum(bias: Tensor, mask: Tensor | None) -> list[Spectrum]:

@@ -78,6 +78,9 @@ class PathReport(Frozen):
     probed_error, bound : float or None
         Largest measured mean total variation of a head's attention weights, and the largest certified bound on it; None
         for learned factors, whose dense bias is not computed.
+    predicted_cost : float or None
+        Mean over the calls of attention of the time relative to that with the dense bias, from measurements on one GPU
+        (:mod:`pairformer_fast.bias.costs`), without what factors cost to make; None on a CPU.
     """
 
     seconds: float
@@ -89,12 +92,14 @@ class PathReport(Frozen):
     mean_rank: float | None
     probed_error: float | None
     bound: float | None
+    predicted_cost: float | None = None
 
     @classmethod
     def of(cls, result: Measured) -> PathReport:
         """Summary of a prediction."""
         factors = [report for report in result.reports if report["choice"] == "factors"]
         ranks = [rank for report in factors for rank in report["rank"]]
+        costs = [report["predicted_cost"] for report in result.reports if report["predicted_cost"] is not None]
         return cls(
             seconds=result.usage.seconds,
             peak_bytes=result.usage.peak_bytes,
@@ -105,6 +110,7 @@ class PathReport(Frozen):
             mean_rank=fmean(ranks) if ranks else None,
             probed_error=_worst(factors, "probed_mean"),
             bound=_worst(factors, "bound"),
+            predicted_cost=fmean(costs) if costs else None,
         )
 
 

@@ -47,6 +47,7 @@ def fake_reports(model: FakeModel) -> list[dict]:
             "bound": [0.05],
             "backend": "torch",
             "probed_mean": [0.01],
+            "predicted_cost": None,
         }
     ]
 

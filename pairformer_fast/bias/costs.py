@@ -1,0 +1,117 @@
+"""What attention costs by the form of its bias, as measured once on a GPU (``data/attention_costs.json``)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from math import log
+from typing import Self
+
+from torch import Tensor
+
+from pairformer_fast.config import Backend, Frozen
+
+FORMS = {5: "triangle", 4: "single"}
+"""By the number of dimensions of q."""
+
+
+class ByKind(Frozen):
+    """Milliseconds of one attention by N, for each form of the bias.
+
+    Attributes
+    ----------
+    dense, factors, mixed : dict of int to float
+        ``factors`` at the table's rank; ``mixed`` with the table's share of dense tiles beside them.
+    """
+
+    dense: dict[int, float]
+    factors: dict[int, float]
+    mixed: dict[int, float]
+
+
+class AttentionCosts(Frozen):
+    """Forward pass of the Triton and Gluon kernels in bf16, made by ``scripts/make_attention_costs.py``.
+
+    Attributes
+    ----------
+    source, device, torch, triton, commit : str
+        Where the times come from.
+    rank, share : int, float
+        At which ``triangle`` and ``single`` are measured at every N.
+    triangle, single : ByKind
+        4 heads of 32 channels in N rows; 16 heads of 24 channels.
+    by_rank, by_share : dict of float to float
+        Milliseconds of triangle attention at N = 1024 by rank, and by share of dense tiles.
+    """
+
+    source: str
+    device: str
+    torch: str
+    triton: str
+    commit: str
+    rank: int
+    share: float
+    triangle: ByKind
+    single: ByKind
+    by_rank: dict[float, float]
+    by_share: dict[float, float]
+
+    @classmethod
+    @cache
+    def shipped(cls) -> Self:
+        """The table of the package."""
+        file = resources.files("pairformer_fast.data") / "attention_costs.json"
+        return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+
+    def factors(self, form: str, tokens: int, rank: int) -> float | None:
+        """Time of attention with factors relative to that with the dense bias; making them is not in it.
+
+        Interpolated in log N, beyond the sizes measured as at the nearest; None above the ranks measured.
+        """
+        if rank > max(self.by_rank):
+            return None
+        times = getattr(self, form)
+        of_rank = _between(self.by_rank, rank) / self.by_rank[self.rank]
+        return _ratio(times.factors, times.dense, tokens) * of_rank
+
+    def mixed(self, form: str, tokens: int, rank: int, share: float) -> float | None:
+        """The same with a share of the tiles dense, 0 to 1; the kernel reads both, so none is no cheaper than some."""
+        if rank > max(self.by_rank):
+            return None
+        times = getattr(self, form)
+        of_rank = _between(self.by_rank, rank) / self.by_rank[self.rank]
+        of_share = _between(self.by_share, share) / self.by_share[self.share]
+        return _ratio(times.mixed, times.dense, tokens) * of_rank * of_share
+
+
+def predicted_cost(backend: Backend, q: Tensor, rank: int) -> float | None:
+    """Predicted time of attention with factors relative to the dense bias; None where no such time was measured.
+
+    Parameters
+    ----------
+    backend : Backend
+        What computes attention. Only kernels for GPUs are in the table.
+    q : Tensor
+        ``[B, I, N, H, D]`` or ``[B, N, H, D]``.
+    rank : int
+        Columns of the factors.
+    """
+    if backend is not Backend.TRITON:
+        return None
+    return AttentionCosts.shipped().factors(FORMS[q.ndim], q.shape[-3], rank)
+
+
+def _ratio(times: dict[int, float], dense: dict[int, float], tokens: int) -> float:
+    return _between({log(n): times[n] / dense[n] for n in times}, log(max(tokens, 1)))
+
+
+def _between(table: dict[float, float], at: float) -> float:
+    """Linear interpolation, constant beyond the ends."""
+    places = sorted(table)
+    at = min(max(at, places[0]), places[-1])
+    for low, high in pairwise(places):
+        if at <= high:
+            return table[low] + (table[high] - table[low]) * (at - low) / (high - low)
+    return table[places[-1]]
