@@ -213,7 +213,10 @@ class MixtureSampler(Sampler[list[Draw]]):
     ) -> None:
         unknown = set(source_weights) - set(dataset.sources)
         if unknown:
-            raise ValueError(f"unknown sources {sorted(unknown)}; the data has {sorted(set(dataset.sources))}")
+            raise ValueError(
+                f"unknown sources {sorted(unknown)}; the data has {sorted(set(dataset.sources))}: change the mixture, or "
+                "add them with scripts/prepare_antibody_data.py"
+            )
         if min(source_weights.values(), default=0) < 0 or sum(source_weights.values()) <= 0:
             raise ValueError(f"source weights must be at least 0 and not all 0, got {dict(source_weights)}")
         if batch_size < 1 or start < 0 or not 0 <= rank < world_size:
