@@ -214,8 +214,8 @@ class MixtureSampler(Sampler[list[Draw]]):
         unknown = set(source_weights) - set(dataset.sources)
         if unknown:
             raise ValueError(
-                f"unknown sources {sorted(unknown)}; the data has {sorted(set(dataset.sources))}: change the mixture, or "
-                "add them with scripts/prepare_antibody_data.py"
+                f"unknown sources {sorted(unknown)}; the data has {sorted(set(dataset.sources))}: change the mixture, "
+                "or add them with scripts/prepare_antibody_data.py"
             )
         if min(source_weights.values(), default=0) < 0 or sum(source_weights.values()) <= 0:
             raise ValueError(f"source weights must be at least 0 and not all 0, got {dict(source_weights)}")
