@@ -6,7 +6,8 @@ while the sampler runs, within half of the free memory (the log says what did no
 are weights that are multiplied together, such as those of q, k, v and gate.
 
 Without a sampler around them, or with gradients, the modules here compute what OpenFold3's do, by its code. Hooks on
-the parts of the transformers are not called within a sampler.
+the parts of the transformers are not called within a sampler, and what a hook on the conditioning makes of the pair
+representation counts in the first step alone.
 """
 
 from __future__ import annotations
@@ -156,12 +157,12 @@ class FastDiffusionTransformer(Keeps, DiffusionTransformer):
         kept = self.kept
         state: _TokenBlocks | None = None if kept is None else kept.of(self)
         if kept is not None and state is None and kept.has_room(self) and _shared(a, z):
-            state = _TokenBlocks(self, mask, a)
+            state = _TokenBlocks(self)
             state = state if kept.keep(self, state, state.nbytes) else None
         if kept is None or state is None:
             options = {"use_high_precision_attention": use_high_precision_attention, "_mask_trans": _mask_trans}
             return super().forward(a=a, s=s, z=z, mask=mask, **options, **kernel_flags)
-        biases = state.biases
+        biases, keep = state.biases, state.keep(mask, a)
         normed = None if all(bias is not None for bias in biases) else self.layer_norm_z(z).squeeze(1)
         conditions = state.conditioning(s, mask if _mask_trans else None)
         for index, (block, condition) in enumerate(zip(state.blocks, conditions, strict=True)):
@@ -169,8 +170,8 @@ class FastDiffusionTransformer(Keeps, DiffusionTransformer):
             bias = biases[index]
             if bias is None:
                 assert normed is not None
-                bias = self._bias(block, normed, q, k, state, kept, index)
-            attended = flash_bias_attention(q, k, v, bias, state.mask, block.core.config.backend, gate=gate)
+                bias = self._bias(block, normed, q, k, keep, state, kept, index)
+            attended = flash_bias_attention(q, k, v, bias, keep, block.core.config.backend, gate=gate)
             a = updated(a, condition.attention_gate, block.out(attended.flatten(-2).to(a.dtype)))
             a = block.transition(a, condition)
         if all(bias is not None for bias in biases):
@@ -178,13 +179,21 @@ class FastDiffusionTransformer(Keeps, DiffusionTransformer):
         return a
 
     def _bias(
-        self, block: _TokenBlock, normed: Tensor, q: Tensor, k: Tensor, state: _TokenBlocks, kept: Kept, index: int
+        self,
+        block: _TokenBlock,
+        normed: Tensor,
+        q: Tensor,
+        k: Tensor,
+        keep: Tensor | None,
+        state: _TokenBlocks,
+        kept: Kept,
+        index: int,
     ) -> Tensor | Factors:
         """What attention of a block takes as its bias, kept if there is room for it."""
         dense = block.linear_z(normed).movedim(-1, 1).to(q.dtype).contiguous()
         if index in state.dense:
             return dense
-        decided = block.core.decide(q, k, dense, state.mask)
+        decided = block.core.decide(q, k, dense, keep)
         parts = [decided] if isinstance(decided, Tensor) else [decided.phi_q, decided.phi_k, decided.table]
         size = state.nbytes + sum(part.nbytes for part in parts if part is not None)
         if kept.has_room(self) and kept.keep(self, state, size):
@@ -227,8 +236,6 @@ class _TokenBlocks:
     ----------
     blocks : list of _TokenBlock
     conditioning : Conditioning
-    mask : Tensor, optional
-        Bool ``[B, S, N]``, True = keep; None if all keys are kept.
     biases : list of Tensor or Factors, optional
         By block; None where the bias is computed in every step.
     dense : set of int
@@ -236,17 +243,25 @@ class _TokenBlocks:
     nbytes : int
     """
 
-    def __init__(self, transformer: DiffusionTransformer, mask: Tensor | None, a: Tensor) -> None:
+    def __init__(self, transformer: DiffusionTransformer) -> None:
         blocks: list[Any] = list(transformer.blocks)
         self.blocks = [_TokenBlock(block) for block in blocks]
         self.conditioning = Conditioning(
             [(block.attention_pair_bias.layer_norm_a, block.conditioned_transition.layer_norm) for block in blocks],
             [(block.attention_pair_bias.linear_ada_out, block.conditioned_transition.linear_g) for block in blocks],
         )
-        self.mask = None if mask is None or bool(mask.all()) else (mask != 0).expand(a.shape[:-1])
         self.biases: list[Tensor | Factors | None] = [None] * len(blocks)
         self.dense: set[int] = set()
         self.nbytes = nbytes(self.conditioning.inner, self.conditioning.outer) + sum(x.nbytes for x in self.blocks)
+        self._mask: Tensor | None = None
+        self._keep: Tensor | None = None
+
+    def keep(self, mask: Tensor | None, a: Tensor) -> Tensor | None:
+        """Which keys of ``a [B, S, N, C]`` are kept, bool ``[B, S, N]``; None if all are, found once for a mask."""
+        if mask is not self._mask:
+            self._mask = mask
+            self._keep = None if mask is None or bool(mask.all()) else (mask != 0).expand(a.shape[:-1])
+        return self._keep
 
 
 _PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {

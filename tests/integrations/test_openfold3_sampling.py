@@ -190,6 +190,28 @@ def test_other_inputs_are_not_taken_for_those_that_were_kept(model):
         assert distance(changing(), changed) < ROUNDING
 
 
+def test_a_token_mask_of_its_own_in_each_step(model):
+    arguments, steps = inputs(), Counter()
+
+    def mask_more(_module, positional, options):
+        steps.update(["step"])
+        mask = options["token_mask"].clone()
+        mask[..., -steps["step"] :] = 0
+        return positional, options | {"token_mask": mask}
+
+    def masked() -> list[torch.Tensor]:
+        steps.clear()
+        handle = model.diffusion_module.register_forward_pre_hook(mask_more, with_kwargs=True)
+        found = denoised(model, arguments)
+        handle.remove()
+        return found
+
+    expected = masked()
+    assert distance(denoised(model, arguments)[1:], expected[1:]) > 1e-3
+    with accelerate(model, DENSE):
+        assert distance(masked(), expected) < ROUNDING
+
+
 def test_two_threads_sample_with_one_model(model):
     calls, together = [], threading.Barrier(2, timeout=60)
 
