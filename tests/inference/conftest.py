@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ def fake_model(monkeypatch, tmp_path_factory) -> FakeModel:
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: model)
     monkeypatch.setattr(pair_bias, "set_attention", lambda m, config: setattr(m, "attention", config))
     monkeypatch.setattr(pair_bias, "collect_reports", fake_reports)
-    monkeypatch.setattr(pair_bias, "warm_starts", nullcontext)
     # The atoms of the fake are scattered: they have no peptide bonds to close.
     monkeypatch.setattr(predict, "close_peptides", lambda atom14, chain_index, aatype: atom14)
     return model
