@@ -76,8 +76,8 @@ def swapped_heads(outcome, bias, mask):
 def test_a_broken_factorisation_fails_the_gates(one_domain, monkeypatch, broken):
     intact = attention.factorize
 
-    def factorize(bias, config, q, k, mask):
-        outcome = intact(bias, config, q, k, mask)
+    def factorize(bias, config, q, k, mask, *more):
+        outcome = intact(bias, config, q, k, mask, *more)
         if outcome.factors is None:
             return outcome
         phi_q, phi_k = broken(outcome, bias, mask)
