@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
@@ -10,6 +9,7 @@ from pairformer_fast.kernels.backend import compute_dtype, takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
 from pairformer_fast.kernels.relu_transition import operator, reference
+from pairformer_fast.kernels.transition.api import check_device, check_mask
 
 MOST_CHANNELS = 512
 """Most channels that the Triton kernels hold on chip."""
@@ -121,16 +121,5 @@ def _check(
             raise ValueError(f"{name} must be {layout} = {shape} to fit x and weight_1, but got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, but got {tensor.dtype}")
-        _check_device(name, tensor, x)
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
-    _check_device("mask", mask, x)
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")
+        check_device(name, tensor, x)
+    check_mask(mask, x)

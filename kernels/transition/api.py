@@ -125,14 +125,8 @@ def _check(
     for name, weight in (("a_weight", a_weight), ("b_weight", b_weight), ("out_weight", out_weight)):
         if not weight.is_floating_point():
             raise TypeError(f"{name} must be floating point, but got {weight.dtype}")
-        _check_device(name, weight, x)
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
-    _check_device("mask", mask, x)
+        check_device(name, weight, x)
+    check_mask(mask, x)
 
 
 def _check_out(out: Tensor, x: Tensor) -> None:
@@ -140,9 +134,21 @@ def _check_out(out: Tensor, x: Tensor) -> None:
         raise ValueError(f"out must have the shape of x, {list(x.shape)}, but got {list(out.shape)}")
     if out.dtype != x.dtype:
         raise TypeError(f"out must have the dtype of x, {x.dtype}, but got {out.dtype}")
-    _check_device("out", out, x)
+    check_device("out", out, x)
 
 
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def check_mask(mask: Tensor | None, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``mask``, if there is one, is of the tokens of ``x``."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
+    check_device("mask", mask, x)
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless ``tensor``, the argument called ``name``, is on the device of ``x``."""
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")
