@@ -22,9 +22,9 @@ from torch import nn
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
 from tests.integrations.adapters import CHANGES
+from tests.integrations.comparison import DENSE, attention_around_a_node, distance, full_rank
 
 C_S, C_Z, C_M, SEQUENCES = 32, 24, 16, 5
-DENSE = AttentionConfig(bias="dense")
 PAIR = {"pairwise_head_width": 8, "pairwise_num_heads": 3}
 MSA = {"msa_s": C_M, "token_z": C_Z, "msa_dropout": 0.15, "z_dropout": 0.25, **PAIR}
 LAYERS = {
@@ -35,10 +35,6 @@ LAYERS = {
     "Boltz 2 without s": partial(PairformerNoSeqLayer, C_Z, **PAIR),
 }
 every_layer = pytest.mark.parametrize("kind", LAYERS)
-
-
-def full_rank(n: int) -> AttentionConfig:
-    return AttentionConfig(bias="svd", rank=n)
 
 
 def with_random_weights(module: nn.Module) -> nn.Module:
@@ -88,10 +84,6 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
     sum(x.sin().sum() for x in outputs(model, batch)).backward()
     leaves = dict(model.named_parameters()) | {name: batch[name] for name in "szm"}
     return {name: leaf.grad.clone() for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
@@ -171,21 +163,6 @@ def test_attention_moves_no_further_than_certified(version):
     moved = 2 * (coarse - exact).view(n, heads, -1).norm(dim=-1).amax(0)  # the gate is one half
     for head, bound in enumerate(report["bound"]):
         assert 0 < moved[head] <= bound * torch.cdist(values[:, head], values[:, head]).max()
-
-
-def attention_around_a_node(module: nn.Module, z: torch.Tensor, ending: bool) -> torch.Tensor:
-    """AlphaFold 2's Algorithms 13 and 14 as they are written, with b_jk and b_ki; z ``[N, N, C]``."""
-    heads, mha = module.no_heads, module.mha
-    z = module.layer_norm(z)
-    q, k, v, g = (getattr(mha, f"linear_{x}")(z).unflatten(-1, (heads, -1)) for x in "qkvg")
-    b, scale = module.linear(z), q.shape[-1] ** -0.5
-    if ending:
-        logits = torch.einsum("ijhc,kjhc->ijkh", q, k) * scale + b.transpose(0, 1)[:, None]
-        attended = torch.einsum("ijkh,kjhc->ijhc", logits.softmax(2), v)
-    else:
-        logits = torch.einsum("ijhc,ikhc->ijkh", q, k) * scale + b[None]
-        attended = torch.einsum("ijkh,ikhc->ijhc", logits.softmax(2), v)
-    return mha.linear_o((attended * g.sigmoid()).flatten(-2))
 
 
 @torch.no_grad()

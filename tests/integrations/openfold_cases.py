@@ -10,9 +10,9 @@ from openfold.model.model import AlphaFold
 from torch import nn
 
 from pairformer_fast import AttentionConfig
+from tests.integrations.comparison import distance
 
 C_M, C_Z, SEQUENCES = 24, 16, 5
-DENSE = AttentionConfig(bias="dense")
 ON_TRITON = AttentionConfig(bias="dense", backend="triton")
 """Kernels run in Triton's interpreter on a CPU."""
 BLOCK = {
@@ -38,10 +38,6 @@ BLOCK = {
 UPDATES = ("msa_transition", "tri_mul_out", "tri_mul_in", "pair_transition")
 # A constant added to all logits of a query: softmax ignores it, so these gradients are zero but for rounding.
 NO_GRADIENT = ("msa_att_row.layer_norm_z.bias", "ipa.linear_b.bias")
-
-
-def full_rank(n: int) -> AttentionConfig:
-    return AttentionConfig(bias="svd", rank=n)
 
 
 def with_random_weights(module: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -93,10 +89,6 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
     (m.sin().sum() + z.sin().sum()).backward()
     leaves = dict(model.named_parameters()) | {name: batch[name] for name in "mz"}
     return {name: leaf.grad.clone() for name, leaf in leaves.items()}
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

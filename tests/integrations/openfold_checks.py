@@ -17,15 +17,13 @@ from torch import nn
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
 from pairformer_fast.model import slabs
+from tests.integrations.comparison import DENSE, attention_around_a_node, distance, full_rank
 from tests.integrations.openfold_cases import (
     C_M,
     C_Z,
-    DENSE,
     UPDATES,
     assert_same_gradients,
     block,
-    distance,
-    full_rank,
     gradients,
     inputs,
     outputs,
@@ -74,21 +72,6 @@ def test_training_through_a_decomposition_is_refused():
     model, batch = block().train(), inputs(17)
     with accelerate(model), pytest.raises(RuntimeError, match="bias='dense'"):
         gradients(model, batch)
-
-
-def attention_around_a_node(module: nn.Module, z: torch.Tensor, ending: bool) -> torch.Tensor:
-    """AlphaFold 2's Algorithms 13 and 14 as they are written, with b_jk and b_ki; z ``[N, N, C]``."""
-    heads, mha = module.no_heads, module.mha
-    z = module.layer_norm(z)
-    q, k, v, g = (getattr(mha, f"linear_{x}")(z).unflatten(-1, (heads, -1)) for x in "qkvg")
-    b, scale = module.linear(z), q.shape[-1] ** -0.5
-    if ending:
-        logits = torch.einsum("ijhc,kjhc->ijkh", q, k) * scale + b.transpose(0, 1)[:, None]
-        attended = torch.einsum("ijkh,kjhc->ijhc", logits.softmax(2), v)
-    else:
-        logits = torch.einsum("ijhc,ikhc->ijkh", q, k) * scale + b[None]
-        attended = torch.einsum("ijkh,ikhc->ijhc", logits.softmax(2), v)
-    return mha.linear_o((attended * g.sigmoid()).flatten(-2))
 
 
 @torch.no_grad()

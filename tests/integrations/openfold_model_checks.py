@@ -11,12 +11,10 @@ from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import Configured, collect_reports
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.openfold_flag import accelerate_as_configured, flashbias_flag
+from tests.integrations.comparison import DENSE, distance, full_rank
 from tests.integrations.openfold_cases import (
-    DENSE,
     assert_same_gradients,
-    distance,
     features,
-    full_rank,
     model_gradients,
     predictions,
     small_model,

@@ -15,14 +15,13 @@ from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.integrations import openfold_updates
 from pairformer_fast.integrations.openfold_updates import NEW_CLASS
 from tests.integrations.adapters import CHANGES
+from tests.integrations.comparison import DENSE, distance
 from tests.integrations.openfold_cases import (
     C_Z,
-    DENSE,
     ON_TRITON,
     UPDATES,
     assert_same_gradients,
     block,
-    distance,
     gradients,
     inputs,
     outputs,

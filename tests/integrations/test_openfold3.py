@@ -9,6 +9,7 @@ from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import PairBiasAttention, collect_reports
+from tests.integrations.comparison import DENSE, distance
 
 pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
 
@@ -22,7 +23,6 @@ from openfold3.core.model.layers.triangular_attention import TriangleAttention, 
 from openfold3.core.model.primitives import Attention
 
 C_S, C_Z = 32, 16
-DENSE = AttentionConfig(bias="dense")
 PAIR = {
     "c_z": C_Z,
     "c_hidden_mul": 16,
@@ -87,10 +87,6 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
     loss = (s * batch["single_mask"][..., None]).sin().sum() + (z * batch["pair_mask"][..., None]).sin().sum()
     leaves = dict(model.named_parameters()) | {name: batch[name] for name in "sz"}
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -28,7 +28,8 @@ from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 from pairformer_fast.integrations.openfold3_distill import distill
 from pairformer_fast.integrations.openfold3_learned import ENTRY, FactorTraining
 from pairformer_fast.integrations.openfold3_run import flashbias_flag
-from tests.integrations.test_openfold3 import BLOCK, block, distance, inputs, outputs, stack
+from tests.integrations.comparison import distance
+from tests.integrations.test_openfold3 import BLOCK, block, inputs, outputs, stack
 from tests.integrations.test_openfold3_run import Batches, configuration, fill_zeros
 
 LEARNED = AttentionConfig(bias="learned")

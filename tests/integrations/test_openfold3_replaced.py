@@ -11,7 +11,8 @@ pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install
 from openfold3.core.model.layers.transition import ReLUTransition
 
 from tests.integrations.adapters import CHANGES, adapt
-from tests.integrations.test_openfold3 import C_Z, DENSE, block, distance, inputs, outputs, with_random_weights
+from tests.integrations.comparison import DENSE, distance
+from tests.integrations.test_openfold3 import C_Z, block, inputs, outputs, with_random_weights
 
 IN_A_PAIR_BLOCK = (
     "pair_stack.tri_mul_out.linear_a_g",
