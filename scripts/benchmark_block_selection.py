@@ -9,7 +9,7 @@ import torch
 from benchmark_block_implementations import BLOCKS, Implementation
 from benchmark_block_operations import implementations
 from benchmark_block_problem import Case
-from benchmark_selection import matches, split
+from benchmark_selection import check_known, matches, split
 
 
 def cases() -> Iterator[Case]:
@@ -42,12 +42,7 @@ class BlockSelection:
         ValueError
             If a section or size is not one the benchmark has, or if nothing is left to measure.
         """
-        known = list(dict.fromkeys(case.section for case in cases()))
-        if unknown := set(split(only)) - set(known):
-            raise ValueError(f"--only knows {', '.join(known)}, but got {', '.join(sorted(unknown))}")
-        measured = sorted({case.n for case in cases()})
-        if unknown := set(split(sizes)) - {str(n) for n in measured}:
-            raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
+        check_known(only, sizes, cases())
         selection = cls(split(only), tuple(int(n) for n in split(sizes)), split(impl))
         if not any(selection.implementations(case) for case in selection.cases()):
             raise ValueError(f"nothing is left of --only {only!r}, --sizes {sizes!r} and --impl {impl!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmark_openfold3_implementations import IMPLEMENTATIONS, Implementation
 from benchmark_openfold3_problem import DRY, FULL, Size
-from benchmark_selection import matches, split
+from benchmark_selection import check_known, matches, split
 
 DRY_TOKENS = 32
 
@@ -50,12 +50,7 @@ class OpenFold3Selection:
         ValueError
             If a section or size is not one the benchmark has, or if nothing is left to measure.
         """
-        known = list(dict.fromkeys(case.section for case in cases()))
-        if unknown := set(split(only)) - set(known):
-            raise ValueError(f"--only knows {', '.join(known)}, but got {', '.join(sorted(unknown))}")
-        measured = sorted({case.n for case in cases()})
-        if unknown := set(split(sizes)) - {str(n) for n in measured}:
-            raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
+        check_known(only, sizes, cases())
         selection = cls(split(only), tuple(int(n) for n in split(sizes)), split(impl), dry)
         if not selection.cases() or not selection.implementations():
             raise ValueError(f"nothing is left of --only {only!r}, --sizes {sizes!r} and --impl {impl!r}")

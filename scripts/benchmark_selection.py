@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from benchmark_implementations import IMPLEMENTATIONS, Implementation
@@ -101,3 +102,14 @@ def matches(patterns: tuple[str, ...], name: str) -> bool:
 def split(option: str) -> tuple[str, ...]:
     """Parts of a comma-separated option."""
     return tuple(part.strip() for part in option.split(",") if part.strip())
+
+
+def check_known(only: str, sizes: str, cases: Iterable[Any]) -> None:
+    """Raise ValueError if a section of ``--only`` or one of ``--sizes`` is not the ``section`` or ``n`` of any case."""
+    cases = list(cases)
+    known = list(dict.fromkeys(case.section for case in cases))
+    if unknown := set(split(only)) - set(known):
+        raise ValueError(f"--only knows {', '.join(known)}, but got {', '.join(sorted(unknown))}")
+    measured = sorted({case.n for case in cases})
+    if unknown := set(split(sizes)) - {str(n) for n in measured}:
+        raise ValueError(f"--sizes knows {', '.join(map(str, measured))}, but got {', '.join(sorted(unknown))}")
