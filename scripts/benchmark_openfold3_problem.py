@@ -177,7 +177,8 @@ class Problem:
         with self.precision():
             batch, output = self.model(dict(self.batch))
             loss = self.loss(batch=batch, output=output)
-        loss.backward()
+            with torch.autocast(self.device.type, enabled=False):
+                loss.backward()
         return {"loss": loss.detach()}
 
     def gradients(self) -> Result:
