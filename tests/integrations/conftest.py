@@ -46,14 +46,14 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
 
 @pytest.fixture
 def run_checks(tmp_path: Path, repository: Path) -> Callable[..., None]:
-    """Run a module of checks in an environment that finds everything that this one finds, and more.
+    """Run ``HOST*_checks.py`` in an environment that finds everything that this one finds, and more.
 
-    Takes the name of the module, the arguments of each ``pip install``, stand-ins for modules by their paths, which the
-    installations find too, and environment variables of the checks.
+    Takes the host, the arguments of each ``pip install``, stand-ins for modules by their paths, which the installations
+    find too, and environment variables of the checks.
     """
 
     def make_and_run(
-        checks: str, installations: Sequence[Sequence[str]], stand_ins: Mapping[str, str], **variables: str
+        host: str, installations: Sequence[Sequence[str]], stand_ins: Mapping[str, str], **variables: str
     ) -> None:
         interpreter = tmp_path / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
@@ -70,7 +70,7 @@ def run_checks(tmp_path: Path, repository: Path) -> Callable[..., None]:
         for arguments in installations:
             run(*install, *arguments, cwd=tmp_path, PYTHONPATH=str(others))
         options = ("-p", "no:cacheprovider", "--disable-warnings")
-        module = Path(__file__).with_name(checks)
-        run(interpreter, "-m", "pytest", *options, module, cwd=repository, OMP_NUM_THREADS="1", **variables)
+        modules = sorted(Path(__file__).parent.glob(f"{host}*_checks.py"))
+        run(interpreter, "-m", "pytest", *options, *modules, cwd=repository, OMP_NUM_THREADS="1", **variables)
 
     return make_and_run

@@ -16,4 +16,4 @@ def checkpoint_wrapper(module, offload_to_cpu=False):
 @pytest.mark.slow
 def test_accelerated_boltz_predicts_what_boltz_does(run_checks) -> None:
     pytest.importorskip("pytorch_lightning", reason="needs the dependencies of the extra [openfold]")
-    run_checks("boltz_checks.py", [BOLTZ], {"fairscale/nn/checkpoint/checkpoint_activations.py": CHECKPOINTS})
+    run_checks("boltz", [BOLTZ], {"fairscale/nn/checkpoint/checkpoint_activations.py": CHECKPOINTS})

@@ -31,4 +31,4 @@ def backward_(weights, grad_output, values, rows, columns, width):
 @pytest.mark.slow
 def test_accelerated_openfold_computes_and_learns_what_openfold_does(run_checks) -> None:
     stand_ins = {"attn_core_inplace_cuda.py": SOFTMAX, "scripts/utils.py": BUILD_SCRIPTS}
-    run_checks("openfold_checks.py", [NEEDS, OPENFOLD], stand_ins)
+    run_checks("openfold", [NEEDS, OPENFOLD], stand_ins)

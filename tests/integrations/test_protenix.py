@@ -12,4 +12,4 @@ PROTENIX = ("--no-deps", "protenix==2.0.0", "optree>=0.17")
 @pytest.mark.slow
 def test_accelerated_protenix_predicts_what_protenix_does(run_checks) -> None:
     pytest.importorskip("pytorch_lightning", reason="needs the dependencies of the extra [openfold]")
-    run_checks("protenix_checks.py", [PROTENIX], {}, LAYERNORM_TYPE="torch")
+    run_checks("protenix", [PROTENIX], {}, LAYERNORM_TYPE="torch")
