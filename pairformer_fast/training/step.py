@@ -69,7 +69,10 @@ class GradientStep:
         if self.device.type == "cuda":
             key = (batch.cdr.shape, recycles)
             if key not in self._captured:
+                noise = torch.cuda.get_rng_state(self.device)
                 self._captured[key] = self._capture(batch.to(self.device), recycles)
+                # A resumed run captures at another step than the run that it continues, and must draw the same noise.
+                torch.cuda.set_rng_state(noise, self.device)
             captured = self._captured[key]
             for static, given in zip(_tensors(captured.batch), _tensors(batch), strict=True):
                 static.copy_(given)

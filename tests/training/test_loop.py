@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -78,8 +79,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def hardware(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the runs are: training takes a GPU wherever there is one."""
+    with patch.object(torch.cuda, "is_available", lambda: request.param == "cuda"):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(data: Path, hardware: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     assert train(CONFIG, data, folder)
     return folder
@@ -96,23 +104,23 @@ def test_a_run_writes_state_log_and_averaged_weights(uninterrupted: Path) -> Non
     assert {split: scores["structures"] for split, scores in last["evaluation"].items()} == {"val": 6, "crystal": 6}
     assert last["train"] == CONFIG.train.model_dump(mode="json")
 
-    state = torch.load(uninterrupted / STATE_FILE, weights_only=True)
+    state = torch.load(uninterrupted / STATE_FILE, weights_only=True, map_location="cpu")
     assert state["step"] == STEPS
     assert not list(uninterrupted.glob("*.tmp"))
     weights = load_checkpoint(uninterrupted / WEIGHTS_FILE).state_dict()
     for name, value in weights.items():
         averaged = state["average"][f"module.{name}"]
-        torch.testing.assert_close(value, averaged.bfloat16().float(), atol=0, rtol=0, msg=name)
+        torch.testing.assert_close(value, averaged.bfloat16().float(), atol=0, rtol=0)
     assert any((state["model"][name] - value).abs().max() > 1e-4 for name, value in weights.items())
     assert checkpoint_metadata(uninterrupted / WEIGHTS_FILE)["step"] == STEPS
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    one, two = (torch.load(run / STATE_FILE, weights_only=True) for run in (folder, other))
+    one, two = (torch.load(run / STATE_FILE, weights_only=True, map_location="cpu") for run in (folder, other))
     assert one["step"] == two["step"] == STEPS
     for part in ("model", "average"):
         for name, value in one[part].items():
-            torch.testing.assert_close(value, two[part][name], atol=0, rtol=0, msg=f"{part} {name}")
+            torch.testing.assert_close(value, two[part][name], atol=0, rtol=0)
     one, two = (load_file(run / WEIGHTS_FILE) for run in (folder, other))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
