@@ -5,17 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import compute_dtype, takes_triton
+from pairformer_fast.kernels.backend import compute_dtype
 from pairformer_fast.kernels.layer_norm import NormParameters
-from pairformer_fast.kernels.layer_norm.api import check_norm
 from pairformer_fast.kernels.relu_transition import operator, reference
-from pairformer_fast.kernels.transition.api import check_device, check_mask
-
-MOST_CHANNELS = 512
-"""Most channels that the Triton kernels hold on chip."""
-
-VECTOR = 8
-"""Channels and hidden channels of the Triton kernels are multiples of this."""
+from pairformer_fast.kernels.transition.api import check_inputs, takes_hidden
 
 
 def relu_transition(
@@ -65,7 +58,13 @@ def relu_transition(
     -----
     Source: AF2 Algorithms 9 and 15.
     """
-    _check(x, norm, weight_1, offset_1, weight_2, offset_2, mask)
+    parameters = {
+        "weight_1": (("hidden", "C"), weight_1),
+        "offset_1": (("hidden",), offset_1),
+        "weight_2": (("C", "hidden"), weight_2),
+        "offset_2": (("C",), offset_2),
+    }
+    check_inputs(x, norm, parameters, mask)
     compute = compute_dtype(x)
     if not runs_triton(x, weight_1, backend):
         return reference.relu_transition(x, norm, weight_1, offset_1, weight_2, offset_2, mask, compute)
@@ -83,43 +82,4 @@ def runs_triton(x: Tensor, weight_1: Tensor, backend: Backend) -> bool:
     TypeError, ValueError, RuntimeError
         As :func:`relu_transition` about the backend.
     """
-    odd = any(size % VECTOR for size in weight_1.shape)
-    if backend is Backend.AUTO and odd:
-        return False
-    takes = takes_triton(backend, x, MOST_CHANNELS)
-    if takes and odd:
-        raise ValueError(
-            f"backend 'triton' takes channels in multiples of {VECTOR}, but weight_1 is {list(weight_1.shape)}; choose "
-            "backend 'reference'"
-        )
-    return takes
-
-
-def _check(
-    x: Tensor,
-    norm: NormParameters,
-    weight_1: Tensor,
-    offset_1: Tensor,
-    weight_2: Tensor,
-    offset_2: Tensor,
-    mask: Tensor | None,
-) -> None:
-    if x.ndim not in (3, 4):
-        raise ValueError(f"x must be [B, I, J, C] or [B, N, C], but got shape {list(x.shape)}")
-    check_norm("x", x, norm)
-    channels = x.shape[-1]
-    if weight_1.ndim != 2 or weight_1.shape[1] != channels or not weight_1.shape[0]:
-        raise ValueError(f"weight_1 must be [hidden, C] = [hidden, {channels}], but got {list(weight_1.shape)}")
-    hidden = weight_1.shape[0]
-    for name, tensor, layout, shape in (
-        ("weight_1", weight_1, "[hidden, C]", [hidden, channels]),
-        ("offset_1", offset_1, "[hidden]", [hidden]),
-        ("weight_2", weight_2, "[C, hidden]", [channels, hidden]),
-        ("offset_2", offset_2, "[C]", [channels]),
-    ):
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {layout} = {shape} to fit x and weight_1, but got {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, but got {tensor.dtype}")
-        check_device(name, tensor, x)
-    check_mask(mask, x)
+    return takes_hidden(backend, x, "weight_1", weight_1)

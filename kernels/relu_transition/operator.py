@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.kernels.layer_norm import NormParameters
+from pairformer_fast.kernels.transition.operator import like_parameters, register_backward
 
 
 @torch.library.custom_op("pairformer_fast::relu_transition_forward", mutates_args=())
@@ -54,9 +55,7 @@ def relu_transition_backward(
 
     norm = NormParameters(norm_weight, norm_bias, eps)
     gradients = triton_backward.relu_transition(dout, x, norm, weight_1, offset_1, weight_2, mask, compute)
-    parameters = (norm_weight, norm_weight, weight_1, offset_1, weight_2, offset_2)
-    cast = (g.to(like.dtype).contiguous() for g, like in zip(gradients[1:], parameters, strict=True))
-    return [gradients[0], *cast]
+    return like_parameters(gradients, (norm_weight, norm_weight, weight_1, offset_1, weight_2, offset_2))
 
 
 @relu_transition_backward.register_fake
@@ -64,17 +63,4 @@ def _(dout: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, *o
     return [torch.empty_like(x), *(p.new_empty(p.shape) for p in (norm_weight, norm_weight, *others[:4]))]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.compute = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    norm_bias = tensors[2]
-    dx, dnorm_weight, dnorm_bias, *dlayers = relu_transition_backward(dout, *tensors, ctx.eps, ctx.compute)
-    dnorm_bias = None if norm_bias is None else dnorm_bias.to(norm_bias.dtype)
-    return dx, dnorm_weight, dnorm_bias, *dlayers, None, None, None
-
-
-relu_transition_forward.register_autograd(_backward, setup_context=_setup_context)
+register_backward(relu_transition_forward, relu_transition_backward)

@@ -13,13 +13,13 @@ from pairformer_fast.kernels.launching import on_device, padded, precision
 from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm_backward
 from pairformer_fast.kernels.relu_transition.triton_forward import load_offset
 from pairformer_fast.kernels.transition.triton_backward import (
-    WEIGHT_PROGRAMS,
     choose_token_tiles,
     choose_weight_tiles,
     prepare,
+    split_tokens,
     store_flat,
 )
-from pairformer_fast.kernels.transition.triton_common import Tiles, Tokens, descriptor, programs, tokens
+from pairformer_fast.kernels.transition.triton_common import Tiles, Tokens, descriptor, programs, tokens, with_rows
 
 
 @triton.jit(do_not_specialize=["TOKENS", "ROWS", "COLUMNS", "HIDDEN"])
@@ -148,7 +148,7 @@ def relu_transition(
         in fp32.
     """
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    flat = (x, dout, mask) if x.ndim == 4 else (x[:, None], dout[:, None], None if mask is None else mask[:, None])
+    flat = with_rows(x, dout, mask)
     _, rows, columns, channels = flat[0].shape
     count, width, hidden = x.numel() // channels, padded(channels), weight_1.shape[0]
     y, dy, dnormalised = torch.empty(3, count, channels, dtype=compute, device=x.device)
@@ -174,17 +174,12 @@ def relu_transition(
             hidden,
             EPS=norm.eps,
             HAS_BIAS=norm.bias is not None,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
             **constants,
         )
         tiles = weight_tiles or choose_weight_tiles(width, compute)
         blocks = triton.cdiv(hidden, tiles.block_h)
-        span = triton.cdiv(count, max(1, WEIGHT_PROGRAMS // blocks))
-        span = max(4, triton.cdiv(span, tiles.block_t)) * tiles.block_t
-        spans = triton.cdiv(count, span)
+        span, spans = split_tokens(count, blocks, tiles)
         partial = torch.empty(spans, 2, hidden, channels, dtype=torch.float32, device=x.device)
         partial_offset = torch.empty(spans, hidden, dtype=torch.float32, device=x.device)
         weights_kernel[(blocks, spans)](
@@ -195,10 +190,7 @@ def relu_transition(
             count,
             hidden,
             span,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
             **constants,
         )
     d1, d2_transposed = (share.sum(0) for share in partial.unbind(1))

@@ -21,6 +21,7 @@ from pairformer_fast.kernels.transition.triton_common import (
     programs,
     store_rows,
     tokens,
+    with_rows,
 )
 from pairformer_fast.kernels.transition.triton_forward import choose_tiles
 
@@ -90,7 +91,7 @@ def relu_transition(
 ) -> Tensor:
     """Launch the kernel; arguments as in the api, ``compute`` is the dtype of the products."""
     out = torch.empty_like(x)
-    flat = (x, mask, out) if x.ndim == 4 else (x[:, None], None if mask is None else mask[:, None], out[:, None])
+    flat = with_rows(x, mask, out)
     _, rows, columns, channels = flat[0].shape
     count, width, hidden = x.numel() // channels, padded(channels), weight_1.shape[0]
     tiles = tiles or choose_tiles(width, compute)
@@ -111,10 +112,7 @@ def relu_transition(
             EPS=norm.eps,
             HAS_BIAS=norm.bias is not None,
             BLOCK_C=width,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
             PRECISION=precision(compute),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
         )
     return out

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import takes_triton
+from pairformer_fast.kernels.backend import compute_dtype, takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
 from pairformer_fast.kernels.transition import operator, reference
@@ -69,7 +71,12 @@ def transition(
     -----
     Source: AF3 Algorithm 11.
     """
-    _check(x, norm, a_weight, b_weight, out_weight, mask)
+    parameters = {
+        "a_weight": (("hidden", "C"), a_weight),
+        "b_weight": (("hidden", "C"), b_weight),
+        "out_weight": (("C", "hidden"), out_weight),
+    }
+    check_inputs(x, norm, parameters, mask)
     inputs = (x, norm.weight, norm.bias, a_weight, b_weight, out_weight)
     if out is not None:
         _check_out(out, x)
@@ -77,7 +84,7 @@ def transition(
             raise RuntimeError(
                 "out cannot be given where a gradient is needed; call under torch.no_grad(), or leave out None"
             )
-    compute = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    compute = compute_dtype(x)
     if not _takes_triton(Backend(backend), x, out, a_weight):
         result = reference.transition(x, norm, a_weight, b_weight, out_weight, mask, compute)
         return result if out is None else out.copy_(result)
@@ -88,45 +95,65 @@ def transition(
 
 
 def _takes_triton(backend: Backend, x: Tensor, out: Tensor | None, a_weight: Tensor) -> bool:
-    odd = [size for size in a_weight.shape if size % VECTOR]
-    odd_out = out is not None and out.stride(-1) != 1
-    if backend is Backend.AUTO and (odd or odd_out):
+    takes = takes_hidden(backend, x, "a_weight", a_weight)
+    if not takes or out is None or out.stride(-1) == 1:
+        return takes
+    if backend is Backend.AUTO:
+        return False
+    raise ValueError(f"backend 'triton' needs out with contiguous channels, but got strides {out.stride()}")
+
+
+def takes_hidden(backend: Backend, x: Tensor, name: str, weight: Tensor) -> bool:
+    """Whether Triton computes a transition of ``x`` whose first weight is ``weight [hidden, C]``, called ``name``.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`pairformer_fast.kernels.backend.takes_triton`, and ValueError for odd channels.
+    """
+    odd = any(size % VECTOR for size in weight.shape)
+    if backend is Backend.AUTO and odd:
         return False
     takes = takes_triton(backend, x, MOST_CHANNELS)
     if takes and odd:
         raise ValueError(
-            f"backend 'triton' takes channels in multiples of {VECTOR}, but a_weight is {list(a_weight.shape)}; choose "
+            f"backend 'triton' takes channels in multiples of {VECTOR}, but {name} is {list(weight.shape)}; choose "
             "backend 'reference'"
         )
-    if takes and out is not None and odd_out:
-        raise ValueError(f"backend 'triton' needs out with contiguous channels, but got strides {out.stride()}")
     return takes
 
 
-def _check(
-    x: Tensor, norm: NormParameters, a_weight: Tensor, b_weight: Tensor, out_weight: Tensor, mask: Tensor | None
+def check_inputs(
+    x: Tensor, norm: NormParameters, parameters: Mapping[str, tuple[tuple[str, ...], Tensor]], mask: Tensor | None
 ) -> None:
+    """Raise TypeError or ValueError unless the arguments of a transition fit together.
+
+    ``parameters`` are dimensions and tensors by name, ``[hidden, C]`` first, which says how wide the hidden layer is.
+    """
     if x.ndim not in (3, 4):
         raise ValueError(f"x must be [B, I, J, C] or [B, N, C], but got shape {list(x.shape)}")
     check_norm("x", x, norm)
     channels = x.shape[-1]
-    if a_weight.ndim != 2 or a_weight.shape[1] != channels or not a_weight.shape[0]:
-        raise ValueError(f"a_weight must be [hidden, C] = [hidden, {channels}], but got {list(a_weight.shape)}")
-    hidden = a_weight.shape[0]
-    if b_weight.shape != a_weight.shape:
-        raise ValueError(
-            f"b_weight must have the shape of a_weight, {list(a_weight.shape)}, but got {list(b_weight.shape)}"
-        )
-    if out_weight.shape != (channels, hidden):
-        raise ValueError(
-            f"out_weight must be [C, hidden] = [{channels}, {hidden}] to fit x and a_weight, but got "
-            f"{list(out_weight.shape)}"
-        )
-    for name, weight in (("a_weight", a_weight), ("b_weight", b_weight), ("out_weight", out_weight)):
-        if not weight.is_floating_point():
-            raise TypeError(f"{name} must be floating point, but got {weight.dtype}")
-        check_device(name, weight, x)
-    check_mask(mask, x)
+    first, (_, weight) = next(iter(parameters.items()))
+    if weight.ndim != 2 or weight.shape[1] != channels or not weight.shape[0]:
+        raise ValueError(f"{first} must be [hidden, C] = [hidden, {channels}], but got {list(weight.shape)}")
+    sizes = {"C": channels, "hidden": weight.shape[0]}
+    for name, (dimensions, tensor) in parameters.items():
+        shape = [sizes[dimension] for dimension in dimensions]
+        if list(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be [{', '.join(dimensions)}] = {shape} to fit x and {first}, but got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, but got {tensor.dtype}")
+        _check_device(name, tensor, x)
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
+    _check_device("mask", mask, x)
 
 
 def _check_out(out: Tensor, x: Tensor) -> None:
@@ -134,21 +161,9 @@ def _check_out(out: Tensor, x: Tensor) -> None:
         raise ValueError(f"out must have the shape of x, {list(x.shape)}, but got {list(out.shape)}")
     if out.dtype != x.dtype:
         raise TypeError(f"out must have the dtype of x, {x.dtype}, but got {out.dtype}")
-    check_device("out", out, x)
+    _check_device("out", out, x)
 
 
-def check_mask(mask: Tensor | None, x: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``mask``, if there is one, is of the tokens of ``x``."""
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
-    check_device("mask", mask, x)
-
-
-def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless ``tensor``, the argument called ``name``, is on the device of ``x``."""
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")

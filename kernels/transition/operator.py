@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from pairformer_fast.kernels.layer_norm import NormParameters
 
@@ -79,39 +81,35 @@ def transition_backward(
 
     norm = NormParameters(norm_weight, norm_bias, eps)
     gradients = triton_backward.transition(dout, x, norm, a_weight, b_weight, out_weight, mask, compute)
-    parameters = (norm_weight, norm_weight, a_weight, b_weight, out_weight)
-    return [
-        gradients[0],
-        *(gradient.to(like.dtype).contiguous() for gradient, like in zip(gradients[1:], parameters, strict=True)),
-    ]
+    return like_parameters(gradients, (norm_weight, norm_weight, a_weight, b_weight, out_weight))
 
 
 @transition_backward.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    a_weight: Tensor,
-    b_weight: Tensor,
-    out_weight: Tensor,
-    *others: Any,
-) -> list[Tensor]:
-    parameters = (norm_weight, norm_weight, a_weight, b_weight, out_weight)
-    return [torch.empty_like(x), *(parameter.new_empty(parameter.shape) for parameter in parameters)]
+def _(dout: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, *others: Any) -> list[Tensor]:
+    return [torch.empty_like(x), *(p.new_empty(p.shape) for p in (norm_weight, norm_weight, *others[:3]))]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps, ctx.compute = inputs
-    ctx.save_for_backward(*tensors)
+def like_parameters(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The first gradient as it is, the others in the dtypes of the parameters."""
+    pairs = zip(gradients[1:], parameters, strict=True)
+    return [gradients[0], *(gradient.to(parameter.dtype).contiguous() for gradient, parameter in pairs)]
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, norm_weight, norm_bias, *others = ctx.saved_tensors
-    inputs = (x, norm_weight, norm_bias, *others)
-    dx, dweight, dbias, *dweights = transition_backward(dout, *inputs, ctx.eps, ctx.compute)
-    dbias = None if norm_bias is None else dbias.to(norm_bias.dtype)
-    return dx, dweight, dbias, *dweights, None, None, None
+def register_backward(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Give an operator of x, norm weight and bias, parameters, mask, eps and dtype its gradients."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.eps, ctx.compute = inputs
+        ctx.save_for_backward(*tensors)
+
+    def gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        norm_bias = tensors[2]
+        dx, dweight, dbias, *dparameters = backward(dout, *tensors, ctx.eps, ctx.compute)
+        dbias = None if norm_bias is None else dbias.to(norm_bias.dtype)
+        return dx, dweight, dbias, *dparameters, None, None, None
+
+    forward.register_autograd(gradients, setup_context=setup_context)
 
 
-transition_forward.register_autograd(_backward, setup_context=_setup_context)
+register_backward(transition_forward, transition_backward)

@@ -22,6 +22,7 @@ from pairformer_fast.kernels.transition.triton_common import (
     programs,
     sigmoid,
     tokens,
+    with_rows,
 )
 
 WEIGHT_PROGRAMS = 264
@@ -203,7 +204,7 @@ def transition(
         Gradients of x in its dtype, and of the weight and bias of the layer norm, a, b and out in fp32.
     """
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    flat = (x, dout, mask) if x.ndim == 4 else (x[:, None], dout[:, None], None if mask is None else mask[:, None])
+    flat = with_rows(x, dout, mask)
     _, rows, columns, channels = flat[0].shape
     count, width, hidden = x.numel() // channels, padded(channels), a_weight.shape[0]
     y, dy, dnormalised = torch.empty(3, count, channels, dtype=compute, device=x.device)
@@ -224,17 +225,12 @@ def transition(
             hidden,
             EPS=norm.eps,
             HAS_BIAS=norm.bias is not None,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
             **constants,
         )
         tiles = weight_tiles or choose_weight_tiles(width, compute)
         blocks = triton.cdiv(hidden, tiles.block_h)
-        span = triton.cdiv(count, max(1, WEIGHT_PROGRAMS // blocks))
-        span = max(4, triton.cdiv(span, tiles.block_t)) * tiles.block_t
-        spans = triton.cdiv(count, span)
+        span, spans = split_tokens(count, blocks, tiles)
         partial = torch.empty(spans, 3, hidden, channels, dtype=torch.float32, device=x.device)
         weights_kernel[(blocks, spans)](
             *(descriptor(tensor, compute, [tiles.block_t, width]) for tensor in (y, dy)),
@@ -243,10 +239,7 @@ def transition(
             count,
             hidden,
             span,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
             **constants,
         )
     da, db, dout_transposed = (share.sum(0) for share in partial.unbind(1))
@@ -262,6 +255,13 @@ def _weight_descriptors(
         descriptor(b_weight, compute, [tiles.block_h, width]),
         descriptor(out_weight, compute, [width, tiles.block_h]),
     )
+
+
+def split_tokens(count: int, blocks: int, tiles: Tiles) -> tuple[int, int]:
+    """Tokens of a span, and how many spans share the gradients of ``blocks`` blocks of weights."""
+    span = triton.cdiv(count, max(1, WEIGHT_PROGRAMS // blocks))
+    span = max(4, triton.cdiv(span, tiles.block_t)) * tiles.block_t
+    return span, triton.cdiv(count, span)
 
 
 def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:

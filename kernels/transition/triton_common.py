@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,17 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     resident: int
+
+    def options(self) -> dict[str, int]:
+        """Arguments of a launch."""
+        blocks = {"BLOCK_T": self.block_t, "BLOCK_H": self.block_h}
+        return blocks | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def with_rows(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """``x`` and others of its tokens with dimensions ``[B, I, J]``; where ``x`` is ``[B, N, C]``, I is 1."""
+    every = x, *others
+    return every if x.ndim == 4 else tuple(None if one is None else one[:, None] for one in every)
 
 
 def tokens(x: Tensor | None) -> Tokens:

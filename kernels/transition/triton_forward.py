@@ -23,6 +23,7 @@ from pairformer_fast.kernels.transition.triton_common import (
     sigmoid,
     store_rows,
     tokens,
+    with_rows,
 )
 
 PREFETCHED_BYTES = 256
@@ -109,16 +110,13 @@ def transition(
     tiles : Tiles, optional
         In place of those of the table.
     """
-    if x.ndim == 3:
-        x, out, mask = x[:, None], out[:, None], None if mask is None else mask[:, None]
-    batch, rows, columns, channels = x.shape
-    count, width, hidden = batch * rows * columns, padded(channels), a_weight.shape[0]
+    flat = with_rows(x, mask, out)
+    _, rows, columns, channels = flat[0].shape
+    count, width, hidden = x.numel() // channels, padded(channels), a_weight.shape[0]
     tiles = tiles or choose_tiles(width, compute)
     with on_device(x):
         forward_kernel[(programs(x, count, tiles),)](
-            tokens(x),
-            tokens(mask),
-            tokens(out),
+            *map(tokens, flat),
             norm.weight,
             norm.bias,
             descriptor(a_weight, compute, [tiles.block_h, width]),
@@ -132,14 +130,11 @@ def transition(
             EPS=norm.eps,
             HAS_BIAS=norm.bias is not None,
             BLOCK_C=width,
-            BLOCK_T=tiles.block_t,
-            BLOCK_H=tiles.block_h,
             PRECISION=precision(compute),
             APPROXIMATE=approximate(compute),
             # Held in registers while the tile before it is computed, which leaves no room for more.
             PREFETCH=width * x.element_size() <= PREFETCHED_BYTES,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **tiles.options(),
         )
 
 

@@ -131,6 +131,25 @@ def torch_results(inputs: Inputs, dtype: torch.dtype, wide: torch.dtype | None =
     return results | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
+def assert_as_exact(
+    got: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    floor: float,
+    multiples: dict[str, float],
+) -> None:
+    """Dtypes as of plain PyTorch, and largest and mean errors in multiples of its errors."""
+    assert got.keys() == truth.keys()
+    for name, want in truth.items():
+        assert got[name].dtype == plain[name].dtype, name
+        assert got[name].shape == want.shape, name
+        assert got[name].isfinite().all(), name
+        error, loss = ((x[name].double() - want).abs() for x in (got, plain))
+        for kind, measure in (("max", torch.max), ("mean", torch.mean)):
+            allowed = multiples[kind] * measure(loss) + floor * measure(want.abs())
+            assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
+
+
 def assert_identical(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     for name, x in want.items():
         assert torch.equal(got[name], x), name

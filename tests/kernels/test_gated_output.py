@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.gated_output import api, gated_output, operator
 from pairformer_fast.kernels.layer_norm import NormParameters
-from tests.kernels.cases import DEVICE, FLOOR
+from tests.kernels.cases import DEVICE, FLOOR, assert_as_exact
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
@@ -109,20 +109,9 @@ def exact(inputs: Inputs) -> dict[str, Tensor]:
     return results(Inputs(leaves, dropout, inputs.dout.double()), Backend.REFERENCE)
 
 
-def compare(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], floor: float) -> None:
-    assert got.keys() == truth.keys()
-    for name, want in truth.items():
-        assert got[name].dtype == plain[name].dtype, name
-        assert got[name].shape == want.shape, name
-        error, loss = ((x[name].double() - want).abs() for x in (got, plain))
-        for kind, measure in (("max", torch.max), ("mean", torch.mean)):
-            allowed = MULTIPLES[kind] * measure(loss) + floor * measure(want.abs())
-            assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
-
-
 def check(case: Case) -> None:
     inputs = make(case)
-    compare(results(inputs), results(inputs, Backend.REFERENCE), exact(inputs), FLOOR[case.dtype])
+    assert_as_exact(results(inputs), results(inputs, Backend.REFERENCE), exact(inputs), FLOOR[case.dtype], MULTIPLES)
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -290,7 +279,7 @@ def test_autocast_rounds_products_alone(narrow):
     with torch.autocast(DEVICE, narrow):
         got, plain = (results(inputs, backend) for backend in (Backend.TRITON, Backend.REFERENCE))
     assert {x.dtype for x in got.values()} == {torch.float32}
-    compare(got, plain, exact(inputs), 1e-5)
+    assert_as_exact(got, plain, exact(inputs), 1e-5, MULTIPLES)
     assert not torch.equal(got["out"], results(inputs)["out"])
 
 
@@ -369,7 +358,7 @@ def test_many_tiles_of_fp32_under_autocast(channels):
     inputs = make(Case(200, 333, channels, channels, dropout="columns"))
     with torch.autocast(DEVICE, torch.bfloat16):
         got, plain = (results(inputs, backend) for backend in (Backend.TRITON, Backend.REFERENCE))
-    compare(got, plain, exact(inputs), 1e-5)
+    assert_as_exact(got, plain, exact(inputs), 1e-5, MULTIPLES)
 
 
 @pytest.mark.gpu

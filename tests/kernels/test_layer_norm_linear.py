@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear, operator
-from tests.kernels.cases import DEVICE, FLOOR
+from tests.kernels.cases import DEVICE, FLOOR, assert_as_exact
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-MULTIPLE = 3.0
-"""Error allowed, in units of what PyTorch loses."""
+MULTIPLES = {"max": 3.0, "mean": 3.0}
+"""Errors allowed, in units of what PyTorch loses."""
 
 Results = dict[str, Tensor]
 
@@ -113,15 +113,7 @@ def check(problem: Problem) -> Results:
     case = problem.case
     got, truth = problem.results(Backend.TRITON), problem.results(Backend.REFERENCE, torch.float64)
     plain = problem.results(Backend.REFERENCE)
-    assert got.keys() == truth.keys()
-    for name, want in truth.items():
-        assert got[name].shape == want.shape, name
-        assert got[name].dtype == plain[name].dtype, name
-        error, loss = (got[name].double() - want).abs(), (plain[name].double() - want).abs()
-        for kind, measure in (("max", torch.max), ("mean", torch.mean)):
-            floor = FLOOR[HALF if case.autocast else case.dtype] * measure(want.abs())
-            allowed = MULTIPLE * measure(loss) + floor
-            assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
+    assert_as_exact(got, plain, truth, FLOOR[HALF if case.autocast else case.dtype], MULTIPLES)
     if "planar" in got:
         assert got["planar"].is_contiguous()
     if "tokens" in got:

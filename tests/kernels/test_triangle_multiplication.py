@@ -14,7 +14,7 @@ from pairformer_fast.config import Backend
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.triangle_multiplication import TriangleWeights, operator, triangle_multiplication
 from pairformer_fast.model.triangle_multiplication import TriangleMultiplication
-from tests.kernels.cases import DEVICE, FLOOR, assert_identical, with_strides
+from tests.kernels.cases import DEVICE, FLOOR, assert_as_exact, assert_identical, with_strides
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
@@ -109,26 +109,13 @@ def results(problem: Problem, incoming: bool, function=update, **options) -> dic
     return {"output": out.detach()} | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
-def compare(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], floor: float) -> None:
-    """Maximum and mean errors, in units of those of plain PyTorch."""
-    assert got.keys() == truth.keys()
-    for name, want in truth.items():
-        assert got[name].shape == want.shape, name
-        assert got[name].dtype == plain[name].dtype, name
-        assert got[name].isfinite().all(), name
-        error, loss = ((x[name].double() - want).abs() for x in (got, plain))
-        for kind, measure in (("max", torch.max), ("mean", torch.mean)):
-            allowed = MULTIPLES[kind] * measure(loss) + floor * measure(want.abs())
-            assert measure(error) <= allowed, f"{name}: {kind} {measure(error):.1e}, allowed {allowed:.1e}"
-
-
 def check(case: Case, incoming: bool) -> None:
     problem, compute = make(case), case.compute or case.dtype
     truth = results(problem.to(torch.float64), incoming, backend=Backend.REFERENCE)
     with torch.autocast(DEVICE, compute, enabled=case.compute is not None):
         plain = results(problem, incoming, backend=Backend.REFERENCE)
         got = results(problem, incoming)
-    compare(got, plain, truth, FLOOR[compute])
+    assert_as_exact(got, plain, truth, FLOOR[compute], MULTIPLES)
 
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
@@ -229,7 +216,7 @@ def test_update_without_the_residual(incoming, small_chunks):
     problem = make(Case(11, c=24, h=16, b=2, dropout="rows", offsets=True))
     truth = results(problem.to(torch.float64), incoming, backend=Backend.REFERENCE, residual=False)
     plain = results(problem, incoming, backend=Backend.REFERENCE, residual=False)
-    compare(results(problem, incoming, residual=False), plain, truth, FLOOR[torch.float32])
+    assert_as_exact(results(problem, incoming, residual=False), plain, truth, FLOOR[torch.float32], MULTIPLES)
     with_z = update(problem.to(torch.float64), incoming, Backend.REFERENCE)
     torch.testing.assert_close(truth["output"], with_z - problem.leaves["z"].double())
 
@@ -334,7 +321,7 @@ def test_nothing_kept_leaves_the_layer_norm_of_zeros():
     problem = replace(make(Case(6)), mask=torch.zeros(1, 6, 6, dtype=torch.bool, device=DEVICE))
     truth = results(problem.to(torch.float64), False, backend=Backend.REFERENCE)
     plain = results(problem, False, backend=Backend.REFERENCE)
-    compare(results(problem, False), plain, truth, FLOOR[torch.float32])
+    assert_as_exact(results(problem, False), plain, truth, FLOOR[torch.float32], MULTIPLES)
 
 
 @DIRECTIONS
