@@ -44,8 +44,8 @@ class BiasReport:
         Largest half range of the residual in a row (see :class:`~pairformer_fast.bias.certificate.Certificate`).
     bound : tuple of float, optional
         tanh(eps / 2), guaranteed bound on the total variation of attention weights.
-    probed_mean, probed_max : tuple of float, optional
-        Total variation measured on sampled queries.
+    probed_mean, probed_std, probed_max : tuple of float, optional
+        Total variation measured on sampled queries, and its spread over them.
     predicted_cost : float, optional
         Time of this attention relative to that with the dense bias, from :mod:`pairformer_fast.bias.costs`, without
         what the factors cost to make; None where no time was measured, such as on a CPU.
@@ -57,6 +57,7 @@ class BiasReport:
     eps: tuple[float, ...] | None = None
     bound: tuple[float, ...] | None = None
     probed_mean: tuple[float, ...] | None = None
+    probed_std: tuple[float, ...] | None = None
     probed_max: tuple[float, ...] | None = None
     predicted_cost: float | None = None
 
@@ -68,11 +69,11 @@ class BiasReport:
             heads, tokens = outcome.bias.shape[1:3]
             exact = (0.0,) * heads
             cost = 1.0 if backend is Backend.TRITON else None
-            return cls("dense", backend.value, (tokens,) * heads, exact, exact, exact, exact, cost)
-        errors = (factors.certificate.eps, factors.certificate.bound, probed.mean, probed.max)
-        rank, eps, bound, mean, largest = (tuple(value.amax(0).tolist()) for value in (factors.rank, *errors))
+            return cls("dense", backend.value, (tokens,) * heads, *(exact,) * 5, cost)
+        errors = (factors.certificate.eps, factors.certificate.bound, probed.mean, probed.std, probed.max)
+        rank, eps, bound, mean, std, largest = (tuple(value.amax(0).tolist()) for value in (factors.rank, *errors))
         cost = predicted_cost(backend, q, factors.phi_q.shape[-1])
-        return cls("factors", backend.value, rank, eps, bound, mean, largest, cost)
+        return cls("factors", backend.value, rank, eps, bound, mean, std, largest, cost)
 
 
 @dataclass(frozen=True, eq=False)

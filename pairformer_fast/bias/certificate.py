@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pairformer_fast.bias.toeplitz import toeplitz
+
+TILE = 64
+"""Edge of the tiles that the kernels can keep dense beside factors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +23,15 @@ class Certificate:
     eps_row : Tensor
         ``[B, H, N]`` fp64, half the range of ``bias - phi_q @ phi_k.mT`` (and the table, if there is one) along each
         row, over kept keys; zero for rows of padding.
+    eps_tile : Tensor
+        ``[B, H, T, T]`` fp64 with T = ceil(N / :data:`TILE`), the farthest that the residual is within a tile from the
+        middle of its row's range; the largest of a head is its ``eps``. If only this tile were left to the factors and
+        all others were exact, up to the same constant per row, no attention weights would move by more than
+        tanh(eps_tile / 2).
     """
 
     eps_row: Tensor
+    eps_tile: Tensor
 
     @property
     def eps(self) -> Tensor:
@@ -91,10 +101,23 @@ def certify(
     ).view(bias.shape)
     if table is not None:
         residual -= toeplitz(table.double(), bias.shape[-1])
-    if mask is None:
-        return Certificate((residual.amax(-1) - residual.amin(-1)) / 2)
-    keep = kept_tokens(mask, bias)
-    dropped = ~keep[:, None, None, :]
-    highest = residual.masked_fill(dropped, -torch.inf).amax(-1)
-    lowest = residual.masked_fill(dropped, torch.inf).amin(-1)
-    return Certificate(((highest - lowest) / 2).masked_fill(~keep[:, None, :], 0))
+    keep = None if mask is None else kept_tokens(mask, bias)
+    return _ranges(residual, keep)
+
+
+def _ranges(residual: Tensor, keep: Tensor | None) -> Certificate:
+    """Certificate of a residual ``[B, H, N, N]``, ``keep [B, N]``."""
+    fill = -residual.shape[-1] % TILE
+
+    def segments(dropped_value: float) -> Tensor:
+        table = residual if keep is None else residual.masked_fill(~keep[:, None, None, :], dropped_value)
+        return pad(table, (0, fill), value=dropped_value).unflatten(-1, (-1, TILE))
+
+    highest, lowest = segments(-torch.inf).amax(-1), segments(torch.inf).amin(-1)  # [B, H, N, T]
+    top, bottom = highest.amax(-1), lowest.amin(-1)
+    middle = ((top + bottom) / 2)[..., None]
+    eps_row, distance = (top - bottom) / 2, torch.maximum(highest - middle, middle - lowest).clamp(min=0)
+    if keep is not None:
+        padding = ~keep[:, None, :]
+        eps_row, distance = eps_row.masked_fill(padding, 0), distance.masked_fill(padding[..., None], 0)
+    return Certificate(eps_row, pad(distance, (0, 0, 0, fill)).unflatten(-2, (-1, TILE)).amax(-2))

@@ -41,9 +41,8 @@ class BiasLines:
     Attributes
     ----------
     rows, columns : callable
-        Given tokens ``[B, M]`` (int64), the bias ``[B, H, M, N]`` of these queries, or ``[B, H, N, M]`` of these keys:
-        of a pair representation the projections of ``z[b, i]`` and ``z[b, :, j]``. What they give for padding is
-        ignored.
+        Given tokens ``[B, M]`` (int64), the bias ``[B, H, M, N]`` of these queries, or ``[B, H, N, M]`` of these keys.
+        What they give for padding is ignored.
     """
 
     rows: Callable[[Tensor], Tensor]
@@ -56,6 +55,23 @@ class BiasLines:
         return cls(
             rows=lambda tokens: bias.permute(0, 2, 1, 3)[entry, tokens].permute(0, 2, 1, 3),
             columns=lambda tokens: bias.permute(0, 3, 1, 2)[entry, tokens].permute(0, 2, 3, 1),
+        )
+
+    @classmethod
+    def projected(cls, z: Tensor, project: Callable[[Tensor], Tensor]) -> BiasLines:
+        """Lines of the bias that a model makes of its pair representation, of which only these lines are projected.
+
+        Parameters
+        ----------
+        z : Tensor
+            ``[B, N, N, C_z]``; transposed in its tokens for the ending node.
+        project : callable
+            ``[B, M, N, C_z]`` to ``[B, M, N, H]``, such as layer norm and linear layer.
+        """
+        entry = torch.arange(z.shape[0], device=z.device)[:, None]
+        return cls(
+            rows=lambda tokens: project(z[entry, tokens]).permute(0, 3, 1, 2),
+            columns=lambda tokens: project(z.transpose(1, 2)[entry, tokens]).permute(0, 3, 2, 1),
         )
 
 

@@ -15,7 +15,7 @@ from pairformer_fast.bias.landmark import BiasLines, decompose_lines
 from pairformer_fast.bias.probe import Probe
 from pairformer_fast.bias.randomised import factorize_randomised
 from pairformer_fast.bias.structured import relative_position
-from pairformer_fast.bias.svd import Spectrum, decompose
+from pairformer_fast.bias.svd import Spectrum, decompose, refuse_gradient
 from pairformer_fast.config import BiasMethod
 
 RANK_LADDER = (4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -79,7 +79,6 @@ ErrorOf = Callable[[Candidate], Tensor]
 """What a tolerance is held against, ``[B, H]``."""
 
 
-@torch.no_grad()
 def factorize(
     bias: Tensor,
     method: BiasMethod | str = BiasMethod.SVD,
@@ -142,6 +141,8 @@ def factorize(
     ValueError
         If the method is unknown or makes no factors, not exactly one of rank and tolerance is given, q and k are
         missing, or the bias is NaN or infinite where both tokens are kept.
+    RuntimeError
+        If a gradient of the bias is wanted.
 
     Notes
     -----
@@ -154,9 +155,10 @@ def factorize(
         raise ValueError(f"rank must be 1 or more, but got {rank}")
     if tolerance is not None and not certified and (q is None or k is None):
         raise ValueError("tolerance is on the error probed with q and k: pass them, or certified=True")
+    refuse_gradient(bias)
     check_finite(bias, mask)
 
-    with torch.autocast(bias.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(bias.device.type, enabled=False):
         at_rank = candidates(bias, method, mask, width=width, seed=seed, start=start)
         if tolerance is None:
             assert rank is not None

@@ -21,11 +21,12 @@ class ProbedError:
 
     Attributes
     ----------
-    mean, max : Tensor
+    mean, std, max : Tensor
         ``[B, H]``, over the sampled queries.
     """
 
     mean: Tensor
+    std: Tensor
     max: Tensor
 
 
@@ -69,7 +70,8 @@ class Probe:
             bias = bias + self._rows_of(toeplitz(table.to(dtype), phi_k.shape[-2]).expand(len(phi_k), -1, -1, -1))
         approximate = self._weights(bias)
         variation = (approximate - self._exact).abs().sum(-1) / 2
-        return ProbedError(mean=variation.mean(dim=(1, 3)), max=variation.amax(dim=(1, 3)))
+        over = (1, 3)
+        return ProbedError(variation.mean(over), variation.std(over, correction=0), variation.amax(over))
 
     def _rows_of(self, table: Tensor) -> Tensor:
         """``[B, H, N, X]`` to ``[B, H, Q, X]`` at the sampled queries."""

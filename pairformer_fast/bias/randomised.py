@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
-from pairformer_fast.bias.svd import decompose
+from pairformer_fast.bias.svd import decompose, refuse_gradient
 
 LARGEST_SHARE = 0.25
 """A rank above this share of N is left to the exact decomposition."""
@@ -32,7 +32,6 @@ class RandomisedFactors(NamedTuple):
     rank: Tensor
 
 
-@torch.no_grad()
 def factorize_randomised(
     bias: Tensor, mask: Tensor | None, rank: int, *, seed: int = 0, start: Tensor | None = None
 ) -> RandomisedFactors:
@@ -67,16 +66,24 @@ def factorize_randomised(
     ------
     ValueError
         If ``rank`` is less than 1 or ``start`` does not fit to ``bias``.
+    RuntimeError
+        If a gradient of the bias is wanted: the projection is not differentiated.
 
     Notes
     -----
     Source: Halko, Martinsson & Tropp, SIAM Review 53, 217 (2011), Algorithms 4.4 and 5.1.
     """
-    tokens = bias.shape[-1]
+    refuse_gradient(bias)
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, but got {rank}")
     if start is not None and (start.ndim != 4 or start.shape[:3] != bias.shape[:3]):
         raise ValueError(f"start must be [B, H, N, *] = {[*bias.shape[:3], '*']}, but got {list(start.shape)}")
+    with torch.no_grad():
+        return _factors(bias, mask, rank, seed, start)
+
+
+def _factors(bias: Tensor, mask: Tensor | None, rank: int, seed: int, start: Tensor | None) -> RandomisedFactors:
+    tokens = bias.shape[-1]
     if rank > LARGEST_SHARE * tokens:
         spectrum, width = decompose(bias, mask), min(rank, tokens)
         return RandomisedFactors(*spectrum.truncate(width), spectrum.rank.clamp(max=width))
@@ -119,6 +126,13 @@ def orthogonalised(columns: Tensor) -> Tensor:
     diagonal is raised by what rounding of the columns amounts to. So it is positive definite whatever the columns are:
     the directions that they have but for rounding come out short or zero instead of failing, and there is no branch for
     which a GPU would have to wait. fp64 columns go to a QR decomposition.
+
+    A Gram matrix in fp32 was measured, too, on 72 biases of the bundled model (three of its golden jobs, both recycles,
+    ranks 8 to 48). With a diagonal raised by 4 units of fp32 rounding, Cholesky failed from rank 16 on, at 48 for a
+    third of the matrices. Raised by 64 units it never fails, but small directions suffer: at rank 32 the error is 5.0 %
+    above the least one instead of 4.3 %. Raised by 4 units of the trace it is 40 % above, and with all done twice as
+    good as by fp64 once. The matrix has only L x L entries, so a GPU's time for it is latency of small operations
+    rather than arithmetic in fp64, and doing them twice would double it.
 
     Notes
     -----

@@ -95,6 +95,15 @@ def decompose(bias: Tensor, mask: Tensor | None) -> Spectrum:
     return Spectrum(values, left, right, rank)
 
 
+def refuse_gradient(bias: Tensor) -> None:
+    """Raise RuntimeError if a gradient of the bias is wanted, which no decomposition passes on."""
+    if torch.is_grad_enabled() and bias.requires_grad:
+        raise RuntimeError(
+            "factors of a decomposition pass no gradient to the bias: call it under torch.no_grad() or with "
+            "bias.detach(), and train with AttentionConfig(bias='dense') or with learned factors"
+        )
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep LAPACK on one CPU thread.

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pairformer_fast.bias import BiasFactors, Decision
-from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
+from pairformer_fast.bias.certificate import TILE, kept_pairs, kept_tokens
 from pairformer_fast.bias.costs import FORMS, AttentionCosts
 from pairformer_fast.bias.methods import candidates, check_finite
 from pairformer_fast.bias.policy import factorize
@@ -20,9 +20,6 @@ from pairformer_fast.config import AttentionConfig, BiasMethod, Frozen
 
 RANKS = (4, 8, 16, 32, 64, 128)
 """Ranks of the ladder, as far as they are below N."""
-
-TILE = 64
-"""Edge of the tiles that the kernels can keep dense beside factors."""
 
 
 class Spectrum(Frozen):
@@ -51,25 +48,29 @@ class Quality(Frozen):
         Largest half range of the residual in a row.
     bound : list of float
         tanh(eps / 2), guaranteed bound on the total variation of attention weights.
-    probed_mean, probed_max : list of float
-        Total variation (0 to 1) measured on sampled queries. Never above the bound but for rounding of the attention
-        weights, which shows where factors are exact.
+    probed_mean, probed_std, probed_max : list of float
+        Total variation (0 to 1) measured on sampled queries, and its spread over them. Never above the bound but for
+        rounding of the attention weights, which shows where factors are exact.
     """
 
     rank: list[int]
     eps: list[float]
     bound: list[float]
     probed_mean: list[float]
+    probed_std: list[float]
     probed_max: list[float]
 
     @classmethod
     def of(cls, factors: BiasFactors, probed: ProbedError) -> Quality:
         """Error of the first batch entry."""
         certificate = factors.certificate
-        errors = (certificate.eps, certificate.bound, probed.mean, probed.max)
         return cls(
-            **dict(zip(("eps", "bound", "probed_mean", "probed_max"), (x[0].tolist() for x in errors), strict=True)),
             rank=factors.rank[0].tolist(),
+            eps=certificate.eps[0].tolist(),
+            bound=certificate.bound[0].tolist(),
+            probed_mean=probed.mean[0].tolist(),
+            probed_std=probed.std[0].tolist(),
+            probed_max=probed.max[0].tolist(),
         )
 
 

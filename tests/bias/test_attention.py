@@ -59,6 +59,7 @@ def test_low_rank_changes_the_output_and_reports_by_how_much():
     assert report.choice == "factors"
     assert report.rank == (2, 2, 2)
     for head in range(3):
+        assert 0 < report.probed_std[head] < report.probed_max[head]
         assert 0 < report.probed_mean[head] <= report.probed_max[head] <= report.bound[head] < 1
         assert 0.01 < change[head] <= report.bound[head] * 2 * v.abs().max()
 

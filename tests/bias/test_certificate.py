@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairformer_fast.bias import certify
+from pairformer_fast.bias.certificate import TILE
 from pairformer_fast.bias.svd import decompose
 
 
@@ -84,3 +85,40 @@ def test_certificate_covers_factors_rounded_to_bf16():
     moved = total_variation(q, k, bias, phi_q.double() @ phi_k.double().mT, mask)
     assert 1e-4 < moved.max() <= certificate.bound.max()
     assert attention_weights(q, k, bias, mask).sum(-1).allclose(torch.ones(()).double())
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+@pytest.mark.parametrize("keep_share", [1.0, 0.5, 0.0])
+def test_eps_of_a_tile_is_the_farthest_from_the_middle_of_its_rows(tokens, keep_share):
+    bias, nothing = make_bias("random", 2, 2, tokens), torch.zeros(2, 2, tokens, 1)
+    keep = torch.rand(2, tokens, generator=torch.Generator().manual_seed(0)) < keep_share
+    kept = bias.double().masked_fill(~(keep[:, :, None] & keep[:, None, :]).unsqueeze(1), torch.nan)
+    certificate = certify(kept.nan_to_num(1e9), nothing, nothing, keep)
+    for b, h in ((0, 0), (1, 1)):
+        rows = [row[row.isfinite()] for row in kept[b, h]]
+        middle = torch.stack([(row.max() + row.min()) / 2 if len(row) else torch.zeros(()).double() for row in rows])
+        distance = (kept[b, h] - middle[:, None]).abs().nan_to_num(0)
+        want = [[tile.max() for tile in line.split(TILE, dim=1)] for line in distance.split(TILE)]
+        torch.testing.assert_close(certificate.eps_tile[b, h], torch.tensor(want).double())
+    torch.testing.assert_close(certificate.eps_tile.amax((-2, -1)), certificate.eps)
+    if keep_share == 1:
+        torch.testing.assert_close(certify(bias, nothing, nothing, None).eps_tile, certificate.eps_tile)
+
+
+def test_a_tile_left_to_the_factors_moves_no_weights_by_more_than_its_bound():
+    bias = make_bias("block_sparse", 1, 2, 130, dtype=torch.float64)
+    q, k, _ = make_qkv(1, 2, 130, 2, 4)
+    factors = decompose(bias, None).truncate(8)
+    product = factors[0] @ factors[1].mT
+    certificate = certify(bias, *factors, None)
+    residual = bias - product
+    middle = (residual.amax(-1, keepdim=True) + residual.amin(-1, keepdim=True)) / 2
+    mask = torch.ones(1, 2, 130, dtype=torch.bool)
+    for row in range(3):
+        for column in range(3):
+            tile = (..., slice(row * TILE, (row + 1) * TILE), slice(column * TILE, (column + 1) * TILE))
+            mixed = (bias - middle).clone()
+            mixed[tile] = product[tile]
+            moved = total_variation(q, k, bias, mixed, mask).amax((1, 3))
+            assert (moved > 0).all()
+            assert (moved <= torch.tanh(certificate.eps_tile[..., row, column] / 2) + 1e-9).all()

@@ -76,6 +76,29 @@ def test_the_bias_is_never_formed(choice):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+def test_lines_of_a_pair_representation_are_projected_where_they_are_read(choice):
+    generator = torch.Generator().manual_seed(0)
+    z, weight = torch.randn(2, 200, 200, 6, generator=generator), torch.randn(3, 6, generator=generator)
+    projected = []
+
+    def project(lines):
+        projected.append(lines.shape[1])
+        return torch.nn.functional.linear(torch.nn.functional.layer_norm(lines, (6,)), weight)
+
+    bias = project(z).permute(0, 3, 1, 2)
+    lines, dense = BiasLines.projected(z, project), BiasLines.of(bias)
+    tokens = torch.tensor([[4, 0], [199, 4]])
+    torch.testing.assert_close(lines.rows(tokens), dense.rows(tokens))
+    torch.testing.assert_close(lines.columns(tokens), dense.columns(tokens))
+    projected.clear()
+    factors = factorize_lines(lines, keep_all(bias), 4, choice)
+    assert sum(projected) <= 4 * (2 * COLUMNS_PER_RANK + ROWS_PER_RANK) + SAMPLED_ROWS
+    certificate = certify(bias, factors.phi_q, factors.phi_k, None)
+    of_rows = certificate.eps_row.take_along_dim(factors.sampled_rows[:, None], dim=2)
+    torch.testing.assert_close(factors.sampled_eps, of_rows, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_and_empty_entries(kind, choice):
     """Entries of 40, 8 (no more than landmarks), 1 and no tokens, with NaN around them."""

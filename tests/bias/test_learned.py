@@ -19,7 +19,8 @@ from pairformer_fast.bias import (
     set_attention,
 )
 from pairformer_fast.bias.learned import read_shapes, side_file
-from pairformer_fast.config import AttentionConfig
+from pairformer_fast.config import AttentionConfig, Backend
+from pairformer_fast.kernels.flash_bias import flash_bias_attention
 
 SHAPE = NetworkShape(channels=12, heads=3, rank=5, hidden=16, table=4)
 LEARNED = AttentionConfig(bias="learned")
@@ -104,6 +105,24 @@ def test_attention_is_that_of_the_factors_and_gradients_reach_network_and_tokens
     assert not tokens.grad[1, 6:].any()
 
 
+def test_gradients_through_learned_factors_are_right():
+    """By finite differences in fp64: of a function of the factors, with regard to tokens and all weights."""
+    torch.manual_seed(0)
+    network = FactorNetwork(NetworkShape(channels=4, heads=2, rank=2, hidden=3, table=2)).double()
+    nn.init.normal_(network.table)
+    keep = torch.tensor([[True, True, True, False]])
+    names = [name for name, _ in network.named_parameters()]
+    q, k, v = torch.randn(3, 1, 4, 2, 3, dtype=torch.float64)
+
+    def attended(tokens, *weights):
+        arguments = (tokens, keep, torch.float64)
+        factors = torch.func.functional_call(network, dict(zip(names, weights, strict=True)), arguments)
+        return flash_bias_attention(q, k, v, factors, keep, Backend.REFERENCE)
+
+    tokens = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attended, (tokens, *network.parameters()))
+
+
 def test_reports_have_rank_and_no_error():
     model = Model().eval()
     attach_factors(model, networks())
@@ -113,7 +132,7 @@ def test_reports_have_rank_and_no_error():
     model.block[1].factors(tokens, keep, q)
     (report,) = json.loads(json.dumps(collect_reports(model)))
     assert (report["name"], report["choice"], report["rank"]) == ("block.1", "factors", [5, 5, 5])
-    assert [report[key] for key in ("eps", "bound", "probed_mean", "probed_max")] == [None] * 4
+    assert [report[key] for key in ("eps", "bound", "probed_mean", "probed_std", "probed_max")] == [None] * 5
     model.train()
     model.first.factors(tokens, keep, q)
     assert len(collect_reports(model)) == 1

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pairformer_fast.bias import MissingFactorNetworksError, PairBiasAttention, factorize
 from pairformer_fast.bias.methods import RANK_LADDER
 from pairformer_fast.bias.probe import Probe
+from pairformer_fast.bias.randomised import factorize_randomised
 from pairformer_fast.bias.svd import decompose
 from pairformer_fast.bias.toeplitz import toeplitz
 from pairformer_fast.config import AttentionConfig
@@ -110,6 +111,45 @@ def test_attention_with_every_method_reports_what_it_did(method, config):
     assert all(probed <= bound + 1e-5 for probed, bound in zip(report.probed_max, report.bound, strict=True))
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    method=st.sampled_from(METHODS),
+    kind=st.sampled_from(KINDS),
+    tokens=st.integers(1, 40),
+    padding=st.integers(1, 6),
+    rank=st.integers(1, 12),
+    fill=st.sampled_from([1e30, float("nan"), float("inf")]),
+    seed=st.integers(0, 2**16),
+)
+def test_what_is_in_the_padding_never_reaches_the_factors(method, kind, tokens, padding, rank, fill, seed):
+    bias, keep = make_bias(kind, 1, 2, tokens + padding, seed), torch.arange(tokens + padding)[None] < tokens
+    outside = ~(keep[:, :, None] & keep[:, None, :]).unsqueeze(1)
+    zeroed, filled = (factorize(bias.masked_fill(outside, x), method, rank=rank, mask=keep) for x in (0.0, fill))
+    for name in ("phi_q", "phi_k", "rank", "table"):
+        one, other = getattr(zeroed, name), getattr(filled, name)
+        assert one is other is None or torch.equal(one, other), name
+    assert torch.equal(zeroed.certificate.eps_row, filled.certificate.eps_row)
+    assert torch.equal(zeroed.certificate.eps_tile, filled.certificate.eps_tile)
+    for phi in (filled.phi_q, filled.phi_k):
+        assert not phi[:, :, tokens:].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_alone_refuse_a_gradient_of_the_bias_too(method):
+    bias = make_bias("random", 1, 2, 40).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"pass no gradient to the bias.*detach"):
+        factorize(bias, method, rank=4)
+    with torch.no_grad():
+        within = factorize(bias, method, rank=4)
+    assert torch.equal(factorize(bias.detach(), method, rank=4).phi_q, within.phi_q)
+    assert not within.phi_q.requires_grad
+
+
+def test_randomised_factors_alone_refuse_a_gradient_of_the_bias():
+    with pytest.raises(RuntimeError, match="pass no gradient to the bias"):
+        factorize_randomised(make_bias("random", 1, 2, 40).requires_grad_(), None, 4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_the_bias_are_refused(method):
     q, k, v = make_qkv(1, 9, 9, 2, 8)
@@ -179,7 +219,8 @@ def test_bad_requests_say_what_to_change():
         factorize(bias, "svd", rank=0)
     with pytest.raises(ValueError, match="pass them, or certified=True"):
         factorize(bias, "svd", tolerance=0.1)
-    bias[0, 1, 4, 5] = torch.nan
-    for method in METHODS:
-        with pytest.raises(ValueError, match=r"bias has 1 NaN or infinite .* \[0, 1, 4, 5\]"):
-            factorize(bias, method, rank=4)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        bias[0, 1, 4, 5] = value
+        for method in METHODS:
+            with pytest.raises(ValueError, match=r"bias has 1 NaN or infinite .* \[0, 1, 4, 5\]"):
+                factorize(bias, method, rank=4)

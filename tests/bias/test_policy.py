@@ -121,6 +121,7 @@ def test_probe_of_a_whole_small_problem_is_exact(rank):
     torch.testing.assert_close(probed.max.double(), moved.amax((1, 3)), atol=1e-5, rtol=0)
     # 7 rows leave 36 queries a row, more than the 17 there are: every query is in the sample.
     torch.testing.assert_close(probed.mean.double(), moved.mean((1, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probed.std.double(), moved.std((1, 3), correction=0), atol=1e-5, rtol=0)
 
 
 def test_probe_sample_is_close_to_the_whole_and_ignores_padding():
