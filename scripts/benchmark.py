@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import torch
 import typer
-from benchmark_rows import RESULTS, ROOT, write_rows
+from benchmark_rows import RESULTS, ROOT, read_rows, write_rows
 
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.model.checkpoint import CheckpointError
@@ -162,6 +163,30 @@ def drift(
     write_rows(output, rows)
     for row in rows[-2:]:
         print(f"{row['impl']}: after {row['block']} blocks s {row['error_s']:.1e}, z {row['error_z']:.1e}")
+    print(f"wrote {output}")
+
+
+@app.command()
+def approximation(
+    data: Annotated[Path, typer.Option(help="Folder with fv_crystal/, see data/weights/README.md.")] = Path("runs/raw"),
+    structures: Annotated[str, typer.Option(help="Crystals, comma-separated; all if omitted.")] = "",
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that --output has.")] = False,
+    minutes: Annotated[float, typer.Option(help="Begin no row after this time; --resume goes on.")] = 600.0,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "approximation.json",
+) -> None:
+    """What factors do to bias, attention and structure, by method, rank, tolerance and place, on held-out crystals."""
+    from benchmark_approximation import approximation_rows, line, read_targets
+
+    deadline = time.monotonic() + 60 * minutes
+    _make_folder(output)
+    with tempfile.TemporaryDirectory() as scratch:
+        targets = read_targets(data, structures, Path(scratch))
+    rows = read_rows(output) if resume else []
+    for row in approximation_rows(targets, rows, deadline, commit):
+        rows.append(row)
+        write_rows(output, rows)
+        print(line(row), flush=True)
     print(f"wrote {output}")
 
 
