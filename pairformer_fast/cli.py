@@ -253,8 +253,9 @@ def openfold3(context: typer.Context) -> None:
         raise InputError(f"{error}; OpenFold3 comes with pip install 'pairformer_fast[openfold]'") from error
 
     failed = run(context.args)
+    for query, reason in failed.items():
+        complain(NAME, f"query {query} failed: {str(reason) or type(reason).__name__}")
     if failed:
-        complain(NAME, f"queries failed: {', '.join(failed)}; the reasons are logged above")
         raise typer.Exit(FAILED)
 
 

@@ -254,8 +254,12 @@ def read_config(options: Mapping[str, Any], where: str) -> AttentionConfig:
     try:
         return AttentionConfig.model_validate(options)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
-        raise InputError(f"{where}: {wrong}") from None
+        raise InputError(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """Each wrong field, by its path, and what is wrong with it."""
+    return "; ".join(": ".join(filter(None, [".".join(map(str, d["loc"])), d["msg"]])) for d in error.errors())
 
 
 class Acceleration:

@@ -12,7 +12,6 @@ import gc
 import json
 import logging
 import math
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +41,6 @@ from pairformer_fast.inference.writer import describe_quality, describe_software
 
 _LOG = logging.getLogger(__name__)
 _TRAINER_PRECISION = {Precision.FP32: "32-true", Precision.BF16: "bf16-mixed"}
-_FAILURE = re.compile(r"(?:Failed to process|query_id\(s\)) (\S+?)(?: with|[:.] )")
 _LONGEST_REASON = 400
 
 
@@ -236,6 +234,7 @@ def _say_what_has_no_msa(given: OpenFold3Input) -> None:
 
 def _predict(folder: Path, runner: dict[str, Any], settings: FoldSettings, device: torch.device) -> _Run:
     """Run OpenFold3 over all jobs; it goes on after a job that fails."""
+    from pairformer_fast.integrations.openfold3_run import logged_failures
     from pairformer_fast.integrations.openfold3_run import run as run_openfold
 
     folder.mkdir()
@@ -249,7 +248,7 @@ def _predict(folder: Path, runner: dict[str, Any], settings: FoldSettings, devic
         "--use_tf32": settings.precision is not Precision.FP32,
     }
     run = _Run(folder)
-    with _watched(run, settings.seed, device), _failures(run), redirect_stdout(sys.stderr):
+    with _watched(run, settings.seed, device), logged_failures() as failures, redirect_stdout(sys.stderr):
         try:
             failed = run_openfold(["predict", *(str(part) for option in options.items() for part in option)])
         except InputError:
@@ -259,10 +258,8 @@ def _predict(folder: Path, runner: dict[str, Any], settings: FoldSettings, devic
             if not run.started:
                 raise InputError(f"OpenFold3 refuses the checkpoint or the runner YAML: {reason}") from error
             _LOG.info("OpenFold3 broke off", exc_info=True)
-            failed = []
-            run.failures[""] = RuntimeError(f"OpenFold3 broke off: {reason}")
-    for job in failed:
-        run.failures.setdefault(job, RuntimeError("OpenFold3 counts it as failed; its log has the reason"))
+            failed = {"": RuntimeError(f"OpenFold3 broke off: {reason}")}
+    run.failures |= failures | failed
     gc.collect()
     return run
 
@@ -296,24 +293,6 @@ def _watched(run: _Run, seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         InferenceDataset.create_all_features, OpenFold3.forward = featurise, forward
-
-
-@contextmanager
-def _failures(run: _Run) -> Iterator[None]:
-    """Keep the exception of each job that fails: OpenFold3 catches it and logs it with the job's name."""
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            error, match = sys.exc_info()[1], _FAILURE.search(record.getMessage())
-            if isinstance(error, Exception) and match is not None:
-                run.failures[match[1]] = error.with_traceback(None)
-
-    logger, handler = logging.getLogger("openfold3"), Keep(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _finish(job: Job, pending: JobReport, runs: dict[str, _Run], seed: int, scratch: Path, out: Path) -> JobReport:

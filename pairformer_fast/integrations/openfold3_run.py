@@ -15,21 +15,28 @@ Checkpoints are OpenFold3's own: they name no class of this package and load wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
 from openfold3.core.runners.writer import OF3OutputWriter
+from openfold3.projects.of3_all_atom.config.inference_query_format import InferenceQuerySet
 from openfold3.projects.of3_all_atom.config.model_config import model_config
 from openfold3.projects.of3_all_atom.model import OpenFold3
+from openfold3.projects.of3_all_atom.project_entry import OF3ProjectEntry
 from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 from openfold3.run_openfold import cli
+from pydantic import ValidationError
 
 from pairformer_fast.bias import FactorNetworks, FactorsError
 from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.errors import InputError
-from pairformer_fast.integrations.acceleration import Acceleration, read_config
+from pairformer_fast.integrations.acceleration import Acceleration, explain, read_config
 from pairformer_fast.integrations.openfold3 import plan
 from pairformer_fast.integrations.openfold3_learned import add_networks, trained_networks
 
@@ -38,29 +45,37 @@ logger = logging.getLogger(__name__)
 FLAG, OPTIONS, FACTORS = "use_flashbias", "flashbias", "factors"
 DEFAULTS = {"train": AttentionConfig(bias=BiasMethod.DENSE), "eval": AttentionConfig()}
 
+_FAILURE = re.compile(r"(?:Failed to process|query_id\(s\)) (\S+?)(?: with|[:.] )")
 
-def run(arguments: Sequence[str]) -> list[str]:
+
+def run(arguments: Sequence[str]) -> dict[str, Exception]:
     """Run a command of ``run_openfold``, ``["predict", "--query-json", ...]``.
 
     Returns
     -------
-    list of str
-        Queries that failed; OpenFold3 logs the reasons and exits with 0 all the same.
+    dict of str to Exception
+        Why which queries failed; OpenFold3 logs it and exits with 0 all the same.
 
     Raises
     ------
     InputError
-        If the values under ``flashbias`` are wrong.
+        If the runner YAML or the query JSON has settings that are unknown, missing or wrong.
     SystemExit
         With the status of ``run_openfold`` where that is not 0.
     """
-    with flashbias_flag(), _failed_queries() as failed:
+    with flashbias_flag(), _known_settings(), logged_failures() as reasons, _failed_queries() as failed:
         try:
             cli.main(args=list(arguments), prog_name="pairformer-fast openfold3")
         except SystemExit as done:
             if done.code:
                 raise
-    return sorted(failed)
+        except ValidationError as error:
+            file = "query JSON" if error.title == InferenceQuerySet.__name__ else "runner YAML"
+            raise InputError(f"{file}: {explain(error)}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"runner YAML: {error}") from error
+    unknown = RuntimeError("OpenFold3 counts it as failed; its log has the reason")
+    return {query: reasons.get(query, unknown) for query in sorted(failed)}
 
 
 @contextmanager
@@ -222,6 +237,62 @@ def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, P
     if file is not None and config.bias is not BiasMethod.LEARNED:
         raise InputError(f"{where}: {FACTORS} is for bias 'learned', not '{config.bias}'")
     return config, None if file is None else Path(file)
+
+
+@contextmanager
+def _known_settings() -> Iterator[None]:
+    """Within this context settings that are not OpenFold3's are an error that names them."""
+    update = OF3ProjectEntry.get_model_config_with_update
+
+    def update_with_known(self: Any, model_update: Any) -> Any:
+        try:
+            return update(self, model_update)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            config = self.get_model_config_with_presets()
+            reason = _wrong_setting(model_update.custom, config, "custom") or " ".join(map(str, error.args))
+            raise InputError(f"runner YAML: model_update: {reason}") from error
+
+    OF3ProjectEntry.get_model_config_with_update = update_with_known
+    try:
+        yield
+    finally:
+        OF3ProjectEntry.get_model_config_with_update = update
+
+
+def _wrong_setting(given: Mapping[str, Any], config: Any, path: str) -> str | None:
+    """What is wrong with the first of the given settings that the configuration has no place for."""
+    for name, value in given.items():
+        here = f"{path}.{name}"
+        if name not in config:
+            alike = get_close_matches(str(name), list(config), n=1)
+            hint = f"did you mean {alike[0]}?" if alike else f"{path} has {', '.join(config)}"
+            return f"there is no {here}; {hint}"
+        if not isinstance(config[name], type(config)):
+            continue
+        if not isinstance(value, Mapping):
+            return f"{here} must hold settings such as {next(iter(config[name]), 'none')}, but is {value!r}"
+        if (wrong := _wrong_setting(value, config[name], here)) is not None:
+            return wrong
+    return None
+
+
+@contextmanager
+def logged_failures() -> Iterator[dict[str, Exception]]:
+    """Exceptions of the queries that fail within this context: OpenFold3 catches them and logs them with the name."""
+    failures: dict[str, Exception] = {}
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error, match = sys.exc_info()[1], _FAILURE.search(record.getMessage())
+            if isinstance(error, Exception) and match is not None:
+                failures[match[1]] = error.with_traceback(None)
+
+    host, handler = logging.getLogger("openfold3"), Keep(logging.WARNING)
+    host.addHandler(handler)
+    try:
+        yield failures
+    finally:
+        host.removeHandler(handler)
 
 
 @contextmanager

@@ -346,12 +346,48 @@ def test_prediction_with_learned_factors(predict, tmp_path):
     assert found[0] != found[1], "the networks must reach attention"
 
 
-def test_wrong_settings_are_one_line(predict):
-    status, structure, stderr = predict("wrong", use_flashbias=True, flashbias={"bias": "svd", "rank": 0})
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"use_flashbias": True, "flashbias": {"bias": "svd", "rank": 0}}, "eval.flashbias of the runner YAML: rank: "),
+        ({"use_flashbais": True}, "no custom.settings.memory.eval.use_flashbais; did you mean use_flashbias?"),
+        ({"use_flashbias": "on"}, "Could not override field 'use_flashbias'"),
+        (
+            {"use_flashbias": True, "flashbias": "svd"},
+            "eval.flashbias must hold settings such as backend, but is 'svd'",
+        ),
+        (
+            {"flashbias": {"method": "svd"}},
+            "eval.flashbias.method; custom.settings.memory.eval.flashbias has backend, ",
+        ),
+    ],
+)
+def test_wrong_settings_are_one_line(predict, flags, message):
+    status, structure, stderr = predict("wrong", **flags)
     assert status == 2
-    assert "settings.memory.eval.flashbias" in stderr.splitlines()[-1]
-    assert "rank" in stderr.splitlines()[-1]
+    assert message in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert not structure.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model_update: {}", "runner YAML: dataset_paths: Field required; dataset_configs: Field required"),
+        ("model_update: [", "runner YAML: while parsing"),
+    ],
+)
+def test_a_wrong_runner_yaml_of_training_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.yml").write_text(text)
+    monkeypatch.setattr(
+        sys, "argv", ["pairformer-fast", "openfold3", "train", "--runner-yaml", f"{tmp_path}/train.yml"]
+    )
+    with pytest.raises(SystemExit) as info:
+        cli.main()
+    assert info.value.code == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
 
 
 def test_a_failed_query_is_a_failed_command(predict, monkeypatch):
@@ -361,5 +397,5 @@ def test_a_failed_query_is_a_failed_command(predict, monkeypatch):
     monkeypatch.setattr(TriangleAttention, "forward", fail)
     status, structure, stderr = predict("failed")
     assert status == 1
-    assert "q1" in stderr.splitlines()[-1]
+    assert stderr.splitlines()[-1] == "pairformer-fast: query q1 failed: no luck"
     assert not structure.exists()
