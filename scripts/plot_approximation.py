@@ -18,6 +18,22 @@ RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 OURS = "pairformer_fast "
 KINDS = {"tri_att_start": "starting node", "tri_att_end": "ending node", "attn_pair_bias": "single"}
 SHOWN_BY_BLOCK = ("svd, rank 16", "structured, rank 16")
+COLUMNS = {
+    "factors": ("with factors", "{:g}"),
+    "mean_rank": ("mean rank", "{:.0f}"),
+    "bias_error": ("bias", "{:.2f}"),
+    "bound": ("bound", "{:.2f}"),
+    "probed_mean": ("attention", "{:.3f}"),
+    "largest_probed_worst": ("worst head", "{:.2f}"),
+    "ca_rmsd": ("CA RMSD, Å", "{:.2f}"),
+    "lddt": ("lDDT", "{:.3f}"),
+    "lddt_h3": ("CDR-H3", "{:.3f}"),
+    "crystal_lddt": ("lDDT to crystal", "{:.3f}"),
+    "crystal_lddt_h3": ("CDR-H3", "{:.3f}"),
+    "seconds": ("CPU s", "{:.1f}"),
+}
+"""Head and format of the columns of the table."""
+
 Row = dict[str, Any]
 
 
@@ -29,8 +45,9 @@ def main(
     measured = read_json(rows, "python scripts/benchmark.py approximation")
     if not measured:
         raise ValueError(f"{rows} has no rows")
-    draw(complete(measured)).savefig(output, metadata={"Date": None})
-    print(f"wrote {output}")
+    rows_of_all = complete(measured)
+    draw(rows_of_all).savefig(output, metadata={"Date": None})
+    print(f"wrote {output}; data/benchmarks/README.md has this table:\n\n{table(rows_of_all)}")
 
 
 def complete(rows: list[Row]) -> list[Row]:
@@ -47,10 +64,19 @@ def means(rows: list[Row]) -> dict[str, Row]:
     found = {}
     for name, members in by_name.items():
         found[name] = {key: members[0][key] for key in ("method", "place", "rank", "tolerance")}
-        for key in ("mean_rank", "seconds", "ca_rmsd", "probed_mean", "factors"):
+        for key in COLUMNS:
             values = [row[key] for row in members if row[key] is not None]
             found[name][key] = fmean(values) if values else None
     return found
+
+
+def table(rows: list[Row]) -> str:
+    """Means over the structures, in Markdown."""
+    lines = ["| | " + " | ".join(head for head, _ in COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, row in means(rows).items():
+        cells = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
 
 
 def pareto(points: dict[str, Row], cost: str, error: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The benchmark of approximation measures what it says, and says what it lacks."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ from pairformer_fast.model.checkpoint import default_checkpoint, load_checkpoint
 @pytest.fixture
 def suite(script):
     return script("benchmark_approximation")
+
+
+@pytest.fixture
+def rows(repository: Path) -> list[dict]:
+    return json.loads((repository / "data" / "benchmarks" / "approximation.json").read_text(encoding="utf-8"))
 
 
 def test_places_are_attentions_of_the_bundled_model_and_together_all_of_them(suite) -> None:
@@ -69,3 +75,21 @@ def test_the_front_has_what_none_beats_in_both(script) -> None:
 def test_a_structure_on_which_a_run_was_stopped_is_left_out(script) -> None:
     rows = [{"id": one, "impl": impl} for one, impl in (("x", "a"), ("x", "b"), ("y", "a"))]
     assert script("plot_approximation").complete(rows) == rows[:2]
+
+
+def test_stored_rows_are_of_one_code_and_complete(suite, rows) -> None:
+    names = [f"pairformer_fast {variant.name}" for variant in suite.variants()]
+    structures = list(dict.fromkeys(row["id"] for row in rows))
+    assert structures
+    assert [(row["id"], row["impl"]) for row in rows] == [(one, name) for one in structures for name in names]
+    assert len({(row["commit"], row["device"], row["torch"]) for row in rows}) == 1
+    for row in rows:
+        for attention in row["attentions"]:
+            if attention["choice"] == "factors":
+                assert attention["probed_max"] <= attention["bound"] + 1e-5
+
+
+def test_the_page_has_the_table_of_the_stored_rows(script, rows, repository: Path) -> None:
+    plots = script("plot_approximation")
+    page = (repository / "data" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert plots.table(plots.complete(rows)) in page
