@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> dict[str, Exception]:
     Raises
     ------
     InputError
-        If the runner YAML or the query JSON has settings that are unknown, missing or wrong.
+        If the runner YAML or the query JSON has settings that are unknown, missing or wrong, or factor networks do not
+        fit the checkpoint.
     SystemExit
         With the status of ``run_openfold`` where that is not 0.
     """
@@ -74,6 +75,8 @@ def run(arguments: Sequence[str]) -> dict[str, Exception]:
             raise InputError(f"{file}: {explain(error)}") from error
         except yaml.YAMLError as error:
             raise InputError(f"runner YAML: {error}") from error
+        except FactorsError as error:
+            raise InputError(str(error)) from error
     unknown = RuntimeError("OpenFold3 counts it as failed; its log has the reason")
     return {query: reasons.get(query, unknown) for query in sorted(failed)}
 

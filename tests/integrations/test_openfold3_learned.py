@@ -1,7 +1,6 @@
 """OpenFold3 with learned factors in place of dense biases: the networks learn, and live beside its weights."""
 
 import copy
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.bias import FactorNetworks, FactorsError, attach_factors, set_attention
-from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import PairformerConfig
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations import factor_networks
@@ -18,7 +16,6 @@ from pairformer_fast.model.pairformer import PairformerBlock
 
 pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
 
-import pytorch_lightning as pl
 from openfold3.core.model.layers.diffusion_transformer import DiffusionTransformer
 from openfold3.core.model.layers.triangular_attention import TriangleAttention
 from openfold3.projects.of3_all_atom.model import OpenFold3
@@ -26,11 +23,11 @@ from openfold3.projects.of3_all_atom.project_entry import OF3ProjectEntry
 from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 
 from pairformer_fast.integrations.openfold3_distill import distill
-from pairformer_fast.integrations.openfold3_learned import ENTRY, FactorTraining
+from pairformer_fast.integrations.openfold3_learned import FactorTraining
 from pairformer_fast.integrations.openfold3_run import flashbias_flag
 from tests.integrations.comparison import distance
 from tests.integrations.test_openfold3 import BLOCK, block, inputs, outputs, stack
-from tests.integrations.test_openfold3_run import Batches, configuration, fill_zeros
+from tests.integrations.test_openfold3_run import configuration
 
 LEARNED = AttentionConfig(bias="learned")
 PATHS = [f"{name}.mha.core" for name in ("pair_stack.tri_att_start", "pair_stack.tri_att_end", "attn_pair_bias")]
@@ -173,57 +170,6 @@ def test_training_of_confidence_alone_trains_its_networks_alone():
     assert not [
         name for name in trained if name.endswith(("tri_att_start.linear_z.weight", "attn_pair_bias.linear_z.weight"))
     ]
-
-
-def fit(folder: Path, checkpoint: Path | None = None) -> tuple[pl.LightningModule, FactorTraining]:
-    """Runner and callback after two steps of an epoch, with one checkpoint in the folder."""
-    pl.seed_everything(7)
-    config = configuration("train", train=FLAGS, eval=FLAGS)
-    with config.unlocked():
-        config.settings.lr_scheduler.base_lr, config.settings.ema.decay = 1e-3, 0.9
-    runner = OF3ProjectEntry().runner(config)
-    fill_zeros(runner.model.state_dict())
-    runner.on_train_epoch_start = runner.on_train_epoch_end = lambda: None  # these read a sampler of OpenFold3's
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=2 if checkpoint is None else 4, enable_checkpointing=False, **quiet
-    )
-    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None), ckpt_path=checkpoint)
-    trainer.save_checkpoint(folder / "last.ckpt")
-    (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, FactorTraining))
-    return runner, callback
-
-
-def test_training_writes_side_files_and_goes_on_from_a_checkpoint(tmp_path):
-    plain = OpenFold3(configuration("train"))
-    with flashbias_flag():
-        runner, _ = fit(tmp_path)
-        (tmp_path / "more").mkdir()
-        checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-        trained = {name: value.clone() for name, value in runner.model._flashbias._networks.state_dict().items()}
-        resumed, _ = fit(tmp_path / "more", tmp_path / "last.ckpt")
-    assert b"pairformer_fast" not in (tmp_path / "last.ckpt").read_bytes()
-    assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == set(plain.state_dict())
-    assert set(checkpoint["ema"]["params"]) == set(plain.state_dict())
-    plain.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
-
-    averages = FactorNetworks.load(side_file(tmp_path / "last.ckpt"))
-    assert all(path.startswith(("msa_module", "pairformer_stack", "aux_heads")) for path in averages)
-    assert len(averages) == 10
-    weights, moments = checkpoint[ENTRY]["weights"], checkpoint["optimizer_states"][0]["state"]
-    assert_other(averages.state_dict(), weights)
-    assert_other(resumed.model._flashbias._networks.state_dict(), weights)
-    assert all(torch.equal(weights[name], value) for name, value in trained.items())
-    sizes = [value["exp_avg"].shape for value in moments.values() if value["exp_avg"].any()]
-    assert sum(size == torch.Size([128, 128]) for size in sizes) >= 2 * len(averages), "hidden layers were optimised"
-    assert resumed.trainer.global_step == 4
-
-
-def assert_other(found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
-    """All weights have moved; offsets of keys get gradients of rounding alone."""
-    assert found.keys() == weights.keys()
-    same = [name for name, value in found.items() if torch.equal(value, weights[name]) and name.endswith("weight")]
-    assert not same
 
 
 def test_validation_sees_averages_and_training_goes_on_with_the_weights():

@@ -4,7 +4,6 @@ import copy
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from ml_collections import ConfigDict
 from openfold3.core.loss.loss_module import OpenFold3Loss
 from openfold3.core.model.latent.base_blocks import PairBlock
 from openfold3.core.model.layers.triangular_attention import TriangleAttention
-from openfold3.core.runners.model_runner import ModelRunner
 from openfold3.core.utils.precision_utils import OF3DeepSpeedPrecision
 from openfold3.projects.of3_all_atom.model import OpenFold3
 from openfold3.projects.of3_all_atom.project_entry import ModelUpdate, OF3ProjectEntry
@@ -183,100 +181,6 @@ def test_models_and_configurations_of_before_stay_openfold3s():
         assert predict(before).equal(expected)
         assert predict(after).equal(expected)
     assert not [module for module in (*before.modules(), *after.modules()) if isinstance(module, PairBiasAttention)]
-
-
-class Batches(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> dict:
-        return features() | {"pdb_id": ["xxxx"], "preferred_chain_or_interface": ["A"]}
-
-
-class Fit(NamedTuple):
-    """Runner after its steps, what each step had, averaged weights before them, and attention cores during them."""
-
-    runner: ModelRunner
-    losses: list[float]
-    gradients: list[dict[str, torch.Tensor]]
-    averaged_at_start: dict[str, torch.Tensor]
-    cores: int
-
-
-def fit(weights: dict[str, torch.Tensor], resume: Path | None = None, **flags) -> Fit:
-    """Two steps of Lightning's fit, or one more from a checkpoint."""
-    pl.seed_everything(7)
-    runner = OF3ProjectEntry().runner(configuration("train", **flags))
-    runner.model.load_state_dict(weights)
-    runner.on_train_epoch_start = runner.on_train_epoch_end = lambda: None  # these read a sampler of OpenFold3's
-    losses, gradients, averaged, cores = [], [], {}, set()
-
-    class Watch(pl.Callback):
-        def on_train_start(self, trainer, module) -> None:
-            averaged.update({name: value.clone() for name, value in module.ema.params.items()})
-
-        def on_train_batch_start(self, *_: object) -> None:
-            torch.manual_seed(len(losses))
-
-        def on_before_optimizer_step(self, trainer, module, *_: object) -> None:
-            found = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
-            gradients.append({name: gradient.clone() for name, gradient in found.items()})
-
-        def on_train_batch_end(self, trainer, module, outputs, *_: object) -> None:
-            losses.append(float(outputs["loss"]))
-            cores.add(sum(isinstance(part, PairBiasAttention) for part in module.modules()))
-
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1 if resume is None else 2,
-        limit_train_batches=2 if resume is None else 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[Watch()],
-    )
-    trainer.fit(runner, torch.utils.data.DataLoader(Batches(), batch_size=None), ckpt_path=resume)
-    assert len(cores) == 1
-    return Fit(runner, losses, gradients, averaged, cores.pop())
-
-
-ON = {"train": {"use_flashbias": True}}
-
-
-def test_training_with_the_flag_off_and_on(weights, tmp_path):
-    plain = fit(weights)
-    plain.runner.trainer.save_checkpoint(tmp_path / "off.ckpt")
-    with flashbias_flag():
-        fast = fit(weights, **ON)
-        fast.runner.trainer.save_checkpoint(tmp_path / "on.ckpt")
-    assert (plain.cores, fast.cores) == (0, SWAPPED)
-    assert len(fast.losses) == len(plain.losses) == len(fast.gradients) == 2
-    assert fast.losses == pytest.approx(plain.losses, rel=1e-3)
-    assert plain.losses[0] != plain.losses[1]
-    for found, expected in zip(fast.gradients, plain.gradients, strict=True):
-        assert found.keys() == expected.keys()
-        largest = max(float(gradient.norm()) for gradient in expected.values())
-        for name, gradient in expected.items():
-            assert (found[name] - gradient).norm() < 1e-3 * gradient.norm() + 1e-6 * largest, name
-    averaged = {"off": plain.runner.ema.params, "on": fast.runner.ema.params}
-    assert averaged["on"].keys() == averaged["off"].keys() == weights.keys()
-    assert any(not torch.equal(averaged["on"][name], value) for name, value in weights.items())
-
-    assert b"pairformer_fast" not in (tmp_path / "on.ckpt").read_bytes()
-    without = fit(weights, tmp_path / "on.ckpt")
-    with flashbias_flag():
-        with_flag = fit(weights, tmp_path / "off.ckpt", **ON)
-    for path in tmp_path.glob("*.ckpt"):
-        path.unlink()  # some 300 MB each
-    assert (without.cores, with_flag.cores) == (0, SWAPPED)
-    assert len(without.losses) == 1
-    assert with_flag.losses == pytest.approx(without.losses, rel=1e-3)
-    for resumed, saved in ((without, averaged["on"]), (with_flag, averaged["off"])):
-        assert resumed.runner.trainer.global_step == 3
-        assert resumed.averaged_at_start.keys() == saved.keys()
-        assert all(torch.equal(value, saved[name]) for name, value in resumed.averaged_at_start.items())
 
 
 @pytest.fixture(scope="module")
