@@ -166,7 +166,8 @@ class FactorTraining(pl.Callback):
         try:
             self._networks.load_state_dict(checkpoint[ENTRY]["weights"])
         except RuntimeError as error:
-            raise FactorsError(f"the factor networks of the checkpoint are others (rank, width?): {error}") from error
+            first = " ".join(str(error).splitlines()[:2])
+            raise FactorsError(f"the factor networks of the checkpoint are others (rank, width?): {first}") from error
         self._averages.params = {name: value.clone() for name, value in checkpoint[ENTRY]["averages"].items()}
 
 
