@@ -1,14 +1,14 @@
 """OpenFold3 0.5: pair blocks, triangle attention, attention with pair bias, and that of the diffusion transformer.
 
-A pair block (of the trunk, the MSA and the confidence stack) runs this package's operations with OpenFold3's weights:
-triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only what lies between q, k,
-v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node has OpenFold3's
-orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the sampler of
-the diffusion module runs, biases and all else that its steps have in common are computed once
+A pair block (of the trunk, the MSA, the template and the confidence stack) runs this package's operations with
+OpenFold3's weights: triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only
+what lies between q, k, v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node
+has OpenFold3's orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While
+the sampler of the diffusion module runs, biases and all else that its steps have in common are computed once
 (:mod:`~pairformer_fast.integrations.openfold3_sampling`).
 
-Learned factors are for the triangle attention of whole pair blocks and for single attention; templates, whose blocks
-are others, and the diffusion transformer keep their dense bias.
+Learned factors are for the triangle attention of whole pair blocks and for single attention; templates and the
+diffusion transformer keep their dense bias.
 
 Two things differ from OpenFold3 on purpose. A row whose keys are all masked gives zeros, where OpenFold3 averages over
 masked values; with masks made from tokens this concerns padding alone. And the host's flags for chunks, in-place work
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from openfold3.core.model.latent.base_blocks import PairBlock
+from openfold3.core.model.latent.template_module import TemplatePairBlock
 from openfold3.core.model.layers.attention_pair_bias import (
     AttentionPairBias,
     CrossAttentionPairBias,
@@ -181,21 +182,35 @@ class FastPairBlock(PairBlock):
         self, z: Tensor, pair_mask: Tensor, *_: Any, inplace_safe: bool = False, _mask_trans: bool = True, **_flags: Any
     ) -> Tensor:
         """Updated ``z [*, N, N, C_z]`` under ``pair_mask [*, N, N]``; flags for chunks and kernels have no effect."""
-        shape = z.shape
-        z, keep = z.reshape(-1, *shape[-3:]), (pair_mask != 0).expand(shape[:-1]).reshape(-1, *shape[-3:-1])
-        backend = self.tri_att_start.mha.core.config.backend
-        first = z if inplace_safe and not torch.is_grad_enabled() else None
+        return _update_pairs(self, z, pair_mask, inplace_safe, _mask_trans)
 
-        def dropout(shared_dim: int) -> Tensor | None:
-            return SharedDropout(self.ps_dropout_row_layer.r, shared_dim).train(self.training)(z)
 
-        z = multiply_triangles(self.tri_mul_out, z, keep, dropout(-3), incoming=False, out=first, backend=backend)
-        out = None if torch.is_grad_enabled() else z
-        z = multiply_triangles(self.tri_mul_in, z, keep, dropout(-3), incoming=True, out=out, backend=backend)
-        z = TriangleUpdate(self.tri_att_start, False, backend)(z, keep, dropout(-3), out)
-        z = TriangleUpdate(self.tri_att_end, True, backend)(z, keep, dropout(-2), out)
-        z = transform(self.pair_transition, z, keep if _mask_trans else None, out=out, backend=backend)
-        return z.view(shape)
+class FastTemplatePairBlock(TemplatePairBlock):
+    """The same for templates, one after the other as in the base class, which copies results where that is safe."""
+
+    def _forward_single_template(
+        self, t: Tensor, mask: Tensor, *_: Any, _mask_trans: bool = True, **_flags: Any
+    ) -> Tensor:
+        return _update_pairs(self, t, mask, False, _mask_trans)
+
+
+def _update_pairs(block: Any, z: Tensor, pair_mask: Tensor, inplace_safe: bool, mask_transition: bool) -> Tensor:
+    """Updated ``z [*, N, N, C_z]`` under ``pair_mask [*, N, N]``, written over if that is safe."""
+    shape = z.shape
+    z, keep = z.reshape(-1, *shape[-3:]), (pair_mask != 0).expand(shape[:-1]).reshape(-1, *shape[-3:-1])
+    backend = block.tri_att_start.mha.core.config.backend
+    first = z if inplace_safe and not torch.is_grad_enabled() else None
+
+    def dropout(shared_dim: int) -> Tensor | None:
+        return SharedDropout(block.ps_dropout_row_layer.r, shared_dim).train(block.training)(z)
+
+    z = multiply_triangles(block.tri_mul_out, z, keep, dropout(-3), incoming=False, out=first, backend=backend)
+    out = None if torch.is_grad_enabled() else z
+    z = multiply_triangles(block.tri_mul_in, z, keep, dropout(-3), incoming=True, out=out, backend=backend)
+    z = TriangleUpdate(block.tri_att_start, False, backend)(z, keep, dropout(-3), out)
+    z = TriangleUpdate(block.tri_att_end, True, backend)(z, keep, dropout(-2), out)
+    z = transform(block.pair_transition, z, keep if mask_transition else None, out=out, backend=backend)
+    return z.view(shape)
 
 
 _NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
@@ -206,6 +221,11 @@ _NEW_CLASS: dict[type[nn.Module], type[nn.Module]] = {
 }
 """By exact class: a subclass may compute something else. Where the class stays, that of ``mha`` is all that changes."""
 
+_NEW_BLOCK: dict[type[nn.Module], type[nn.Module]] = {
+    PairBlock: FastPairBlock,
+    TemplatePairBlock: FastTemplatePairBlock,
+}
+
 _OTHER: dict[type[nn.Module], str] = {
     CrossAttentionPairBias: "attends between blocks of atoms, not with one bias for N x N tokens",
     MSAAttention: "attention over an MSA is not supported",
@@ -213,6 +233,8 @@ _OTHER: dict[type[nn.Module], str] = {
     GlobalAttention: "global attention has no pair bias",
 }
 
+_ALREADY = "accelerated already; restore it first, or set another config with set_attention"
+_SUBCLASS = "a subclass, which may compute something else"
 
 _PARTS: dict[str, type[nn.Module]] = {
     "tri_mul_out": TriangleMultiplicationOutgoing,
@@ -245,9 +267,9 @@ def plan(model: nn.Module) -> Plan:
         if type(module) is SampleDiffusion:
             reason = sampler_obstacle(module, paths, swapped)
             new = {} if reason else around_sampler(module, paths)
-        elif type(module) is PairBlock:
-            reason = block_obstacle(module, path, _PARTS, _takes, swapped)
-            new = {path: NewClass(module, FastPairBlock)}
+        elif isinstance(module, PairBlock):
+            reason = _block_obstacle(module, path, swapped)
+            new = {} if reason else {path: NewClass(module, _NEW_BLOCK[type(module)])}
         else:
             continue
         if reason is None:
@@ -256,6 +278,17 @@ def plan(model: nn.Module) -> Plan:
             skipped.append(Skipped.of(path, module, reason))
     learnable = dict(_learnable(targets, {path for path, change in around.items() if change.cls is FastPairBlock}))
     return Plan(targets, skipped, around, learnable)
+
+
+def _block_obstacle(block: PairBlock, path: str, swapped: set[str]) -> str | None:
+    """Why a pair block cannot run here as a whole; None if it can."""
+    if isinstance(block, tuple(_NEW_BLOCK.values())):
+        return _ALREADY
+    if type(block) not in _NEW_BLOCK:
+        return _SUBCLASS
+    if not getattr(block, "tri_mul_first", True):
+        return "its attention comes before its triangle multiplication"
+    return block_obstacle(block, path, _PARTS, _takes, swapped)
 
 
 def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -296,10 +329,9 @@ def _obstacle(module: nn.Module) -> str | None:
         if isinstance(module, known):
             return reason
     if isinstance(getattr(module, "mha", None), FastAttention):
-        return "accelerated already; restore it first, or set another config with set_attention"
+        return _ALREADY
     if type(module) not in _NEW_CLASS:
-        known_base = isinstance(module, tuple(_NEW_CLASS))
-        return "a subclass, which may compute something else" if known_base else "not an attention that is known here"
+        return _SUBCLASS if isinstance(module, tuple(_NEW_CLASS)) else "not an attention that is known here"
     if type(module.mha) is not Attention:
         return f"its mha is not OpenFold3's Attention but {type(module.mha).__qualname__}"
     return instance_obstacle(module)
