@@ -39,8 +39,10 @@ DECOMPOSED_ON = (Backend.REFERENCE, Backend.TORCH)
 With the Triton kernels it keeps the dense bias, by the costs measured on an H100 (:mod:`pairformer_fast.bias.costs`):
 
 * Factors of rank 32 take 0.95 to 0.99 of the time of the dense bias in triangle attention of 256 to 1024 tokens. What
-  they save, 0.1 ms at 1024 tokens and less below, is all that making and judging them may cost. From 2048 tokens on it
-  is 1.5 ms and more; whether they can be made in that is not measured.
+  they save, 0.1 ms at 1024 tokens and less below, is all that making and judging them may cost; ``randomised`` takes
+  0.35 ms to make them there. At 2048 tokens they save 1.5 ms and are made in 0.84 ms, but in 2.1 ms with the check and
+  the certificate that every call has (``data/benchmarks/factorisation.json``). At 4096 they save 13 ms; making them
+  is not measured there.
 * Factors with a quarter of the tiles dense take 1.06 to 1.15 of the time of the dense bias in triangle attention of any
   size, at 1024 tokens 1.11 even with no tile flagged. So they are never worth choosing there; in attention of single
   tokens they save 9 us at 2048.
