@@ -28,12 +28,15 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Chains a step.")] = DEFAULT.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Of the first step.")] = DEFAULT.learning_rate,
     seed: Annotated[int, typer.Option(help="Of networks and batches.")] = DEFAULT.seed,
+    within: Annotated[
+        float | None, typer.Option(help="Minutes of the whole fit: networks are written then, though steps are left.")
+    ] = DEFAULT.within,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = None,
 ) -> None:
     """Distil the dense pair biases; pairformer-fast fold --bias learned --factors FILE takes the result."""
     settings = DistillSettings(
         rank=rank, table=table or None, hidden=hidden, steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, seed=seed,
+        learning_rate=learning_rate, seed=seed, within=within,
     )  # fmt: skip
     side = distill(default_checkpoint() if checkpoint is None else checkpoint, data, output, settings, minutes)
     if side is None:

@@ -44,6 +44,8 @@ class DistillSettings(Frozen):
         Batches of so many chains, drawn evenly from the training split.
     learning_rate : float
         Of the first step; it falls linearly to zero.
+    within : float, optional
+        Minutes after which the fit is over though steps are left; the rate falls over them if they end first.
     gradient_norm : float
         Norm that gradients are clipped to.
     held_out : int
@@ -58,6 +60,7 @@ class DistillSettings(Frozen):
     steps: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
+    within: float | None = Field(default=None, gt=0)
     gradient_norm: float = Field(default=1.0, gt=0)
     seed: int = 0
     held_out: int = Field(default=8, ge=1)
@@ -73,11 +76,17 @@ class _State:
     optimizer: torch.optim.Optimizer
     identity: dict[str, Any]
     step: int = 0
+    seconds: float = 0.0
     before: dict[str, float] | None = None
+
+    def done(self, settings: DistillSettings) -> float:
+        """Share of the fit that is over, by steps or by time."""
+        by_time = 0.0 if settings.within is None else self.seconds / (60 * settings.within)
+        return min(1.0, max(self.step / settings.steps, by_time))
 
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {"networks": self.networks.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"identity": self.identity, "step": self.step, "before": self.before}
+        state |= {"identity": self.identity, "step": self.step, "seconds": self.seconds, "before": self.before}
         write_state(path, state)
 
     def load(self, path: Path, device: torch.device) -> None:
@@ -86,7 +95,7 @@ class _State:
             raise ValueError(f"{path} is of other weights or settings: change them or the output folder")
         self.networks.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.before = state["step"], state["before"]
+        self.step, self.seconds, self.before = state["step"], state["seconds"], state["before"]
 
 
 def distill(
@@ -109,7 +118,7 @@ def distill(
     Returns
     -------
     Path or None
-        The side file; None if the last step was not reached.
+        The side file; None if the fit is not over.
 
     Raises
     ------
@@ -135,16 +144,19 @@ def distill(
     folder.mkdir(parents=True, exist_ok=True)
     if state.before is None:
         state.before = held_out_errors(model, networks, held_out, settings.held_out)
-    while state.step < settings.steps:
+    earlier = state.seconds
+    while state.done(settings) < 1:
         batch = collate([dataset[draw] for draw in sampler.batch(state.step)]).to(device)
         loss = _fit(model, state, batch.features, settings)
         state.step += 1
+        state.seconds = earlier + time.monotonic() - started
+        over = state.done(settings) == 1
         out_of_time = minutes is not None and time.monotonic() - started > 60 * minutes
         if state.step % settings.log_every == 0:
             append_row(folder / LOG_FILE, {"step": state.step, "loss": round(loss, 5)})
-        if out_of_time or state.step % settings.save_every == 0 or state.step == settings.steps:
+        if out_of_time or over or state.step % settings.save_every == 0:
             state.save(folder / STATE_FILE)
-        if out_of_time and state.step < settings.steps:
+        if out_of_time and not over:
             return None
     after = held_out_errors(model, networks, held_out, settings.held_out)
     facts = {"settings": settings.model_dump(), "step": state.step, "before": state.before, "after": after}
@@ -190,7 +202,7 @@ def _fit(model: FoldingModel, state: _State, features: TokenFeatures, settings: 
     ):
         model(features)
     for group in state.optimizer.param_groups:
-        group["lr"] = settings.learning_rate * (1 - state.step / settings.steps)
+        group["lr"] = settings.learning_rate * (1 - state.done(settings))
     nn.utils.clip_grad_norm_(state.networks.parameters(), settings.gradient_norm)
     state.optimizer.step()
     return float(torch.stack(losses).mean())

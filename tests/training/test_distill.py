@@ -2,8 +2,10 @@
 """Factor networks fitted to the dense biases of a frozen model."""
 
 import json
+from itertools import count
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,20 @@ def test_a_fit_that_stops_goes_on_as_if_it_had_not(checkpoint: Path, data: Path,
     assert facts(whole) == facts(parts[3])
     with pytest.raises(ValueError, match=r"distill_state.pt is of other weights or settings"):
         distill(checkpoint, data, tmp_path / "parts", SETTINGS)
+
+
+def test_a_fit_with_a_time_of_its_own_ends_with_networks_over_all_its_runs(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count()
+    monkeypatch.setattr("pairformer_fast.training.distill.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    endless = SETTINGS.model_copy(update={"steps": 10**6, "within": 0.5})
+    assert distill(checkpoint, data, tmp_path / "fit", endless, minutes=0.3) is None
+    side = distill(checkpoint, data, tmp_path / "fit", endless)
+    assert side is not None
+    rows = [json.loads(line) for line in (side.parent / LOG_FILE).read_text().splitlines()]
+    assert 15 <= rows[-1]["step"] <= 25
+    assert fmean(rows[-1]["after"].values()) < fmean(rows[-1]["before"].values())
 
 
 def test_weights_without_a_dense_bias_are_refused(checkpoint: Path, data: Path, tmp_path: Path) -> None:
