@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product with an fp32 result, which PyTorch has for narrower operands on CUDA only."""
-    if a.dtype == torch.float32:
+    """Batched product with an fp32 result (fp64 for fp64), which PyTorch has for narrower operands on CUDA only."""
+    if a.dtype in (torch.float32, torch.float64):
         return a @ b
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 

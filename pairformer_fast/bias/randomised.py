@@ -10,9 +10,12 @@ from torch import Tensor
 
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
 from pairformer_fast.bias.svd import decompose, refuse_gradient
+from pairformer_fast.kernels.weight_gradient import product_fp32
 
 LARGEST_SHARE = 0.25
 """A rank above this share of N is left to the exact decomposition."""
+SMALLEST, LARGEST = 1e-32, 1e34
+"""Sizes of biases that are scaled to 1; beyond them the scale itself, or what it multiplies, would leave fp32."""
 
 
 class RandomisedFactors(NamedTuple):
@@ -39,8 +42,9 @@ def factorize_randomised(
 
     With A the bias after subtracting every row's mean and Ω a random ``[N, R]``: Q is an orthonormal basis of
     ``(A A^T)^p A Ω`` with p power iterations (:func:`_iterations`), and the factors are Q and A^T Q, their columns
-    balanced. Products with A are in fp32; bases are orthogonalised by :func:`orthogonalised`. Nothing waits for the
-    device, so that a CUDA graph can record it (from the second call of a shape on).
+    balanced. Products with A read the table as it lies: in bf16 both operands are bf16, for tensor cores, with sums in
+    fp32; otherwise they are in fp32 (fp64 for fp64). Bases are orthogonalised by :func:`orthogonalised`. Nothing waits
+    for the device, so that a CUDA graph can record it (from the second call of a shape on).
 
     The same Ω serves every head, and the CPU draws it, so the result depends on input and seed only, up to
     rounding. Where singular values fall below 1/1000 of the largest, fp32 products lose what is smaller: the error may
@@ -88,20 +92,81 @@ def _factors(bias: Tensor, mask: Tensor | None, rank: int, seed: int, start: Ten
         spectrum, width = decompose(bias, mask), min(rank, tokens)
         return RandomisedFactors(*spectrum.truncate(width), spectrum.rank.clamp(max=width))
 
-    centred, scale = _centred(bias, mask)
+    centred = _Centred.of(bias, mask)
     saved = start is not None and start.shape[-1] >= rank
-    basis = centred @ _sketch(centred, rank, seed, start)
+    basis = centred.times(_sketch(centred, rank, seed, start))
     for _ in range(_iterations(rank) - saved):
-        basis = orthogonalised(centred @ (centred.mT @ basis))
-    if mask is not None:
-        basis = basis.masked_fill(~kept_tokens(mask, bias)[:, None, :, None], 0)
-    projected = centred.mT @ basis
+        basis = orthogonalised(centred.times(centred.transposed_times(basis)))
+    projected = centred.transposed_times(basis)
+    if centred.padding is not None:
+        basis, projected = (x.masked_fill(centred.padding, 0) for x in (basis, projected))
 
     length = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
-    floor = 4 * torch.finfo(centred.dtype).eps * tokens  # entries of the bias are at most 1 by now
-    used, root, half = length > floor, length.clamp(min=floor).sqrt(), scale.sqrt()
-    phi_q, phi_k = basis * (root * half * used), projected * (half / root)
-    return RandomisedFactors(phi_q.to(bias.dtype), phi_k.to(bias.dtype), used.sum((-2, -1)))
+    floor = 4 * torch.finfo(projected.dtype).eps  # entries of the bias are at most 1 / N by now
+    used, root, half = length > floor, length.clamp(min=floor).sqrt(), centred.unit.rsqrt()
+    factors = centred.scaled(basis, root * half * used), centred.scaled(projected, half / root)
+    phi_q, phi_k = (x.to(bias.dtype).unflatten(0, bias.shape[:2]) for x in factors)
+    return RandomisedFactors(phi_q, phi_k, used.sum((-2, -1)).view(bias.shape[:2]))
+
+
+class _Centred(NamedTuple):
+    """Products with the bias A less the mean of each row, A P with P = I - 1 1^T / N, from the table as it lies.
+
+    P is left to the thin operands, of which centring costs next to nothing: neither a centred table is made nor, of a
+    bias in bf16, one in fp32. What a product takes is rounded to the dtype of the table, so that tensor cores can
+    compute it; sums are in fp32. Rounding of thin operands turns a basis a little, but all of it is multiplied by A
+    once more: what :func:`_iterations` reports holds for bf16, too.
+
+    Attributes
+    ----------
+    table : Tensor
+        ``[B H, N, N]``, zero in padding.
+    unit : Tensor
+        ``[B H, 1, 1]`` in the dtype of sums: what brings the largest entry to 1 / N. Thin operands carry it, so that
+        products of huge entries stay finite and rounding floors have one size.
+    padding : Tensor or None
+        ``[B H, N, 1]``, True for padding.
+    kept : Tensor or None
+        ``[B H, 1, 1]``, tokens that are kept.
+    """
+
+    table: Tensor
+    unit: Tensor
+    padding: Tensor | None
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, bias: Tensor, mask: Tensor | None) -> _Centred:
+        table = bias.float() if bias.dtype == torch.float16 else bias  # its range is too small for scaled operands
+        padding = kept = None
+        if mask is not None:
+            keep = kept_tokens(mask, bias)
+            table = table.masked_fill(~kept_pairs(keep), 0)
+            keep = keep.repeat_interleave(bias.shape[1], dim=0)[..., None]
+            padding, kept = ~keep, keep.sum(-2, keepdim=True).clamp(min=1)
+        table = table.flatten(0, 1)
+        if 1 not in table.stride()[-2:]:
+            table = table.contiguous()
+        wide = torch.promote_types(table.dtype, torch.float32)
+        largest = torch.linalg.vector_norm(table, torch.inf, dim=(-2, -1), keepdim=True).to(wide)
+        unit = largest.clamp(SMALLEST, LARGEST).reciprocal() / bias.shape[-1]
+        return cls(table, unit, padding, kept)
+
+    def scaled(self, thin: Tensor, scale: Tensor) -> Tensor:
+        """``[B H, N, L]`` times ``scale`` in the dtype of the table, by one operation."""
+        return torch.mul(thin, scale, out=thin.new_empty(len(self.table), *thin.shape[-2:], dtype=self.table.dtype))
+
+    def times(self, thin: Tensor) -> Tensor:
+        """A X at the size of ``unit``, for centred columns X."""
+        return product_fp32(self.table, self.scaled(thin, self.unit))
+
+    def transposed_times(self, thin: Tensor) -> Tensor:
+        """P A^T X at the size of ``unit``; rows of padding hold anything."""
+        return self.project(product_fp32(self.table.mT, self.scaled(thin, self.unit)))
+
+    def project(self, thin: Tensor) -> Tensor:
+        """P X of columns that are zero in padding, where the result holds anything."""
+        return thin - (thin.mean(-2, keepdim=True) if self.kept is None else thin.sum(-2, keepdim=True) / self.kept)
 
 
 def _iterations(rank: int) -> int:
@@ -110,19 +175,25 @@ def _iterations(rank: int) -> int:
     A sketch wider than the rank would need fewer, and then the eigenvectors of a small matrix to be cut to the rank: on
     a GPU they cost more than all products together. On the 168 biases that the bundled model has for the chains of
     ``data/golden`` and a further domain (106 to 231 residues, both recycles) the error exceeded the least one by 4.6 %
-    at most at rank 4, 2.7 % at 8, 4.7 % at 16, 4.8 % at 24, 4.3 % at 32 and 2.1 % at 48, where the rank was no more
+    at most at rank 4, 2.7 % at 8, 4.7 % at 16, 2.8 % at 24, 4.3 % at 32 and 2.1 % at 48, where the rank was no more
     than :data:`LARGEST_SHARE` of N; with an iteration less and a start from the recycle before by 1.8 %, 1.7 %, 2.0 %,
-    3.6 %, 4.3 % and 1.9 %. From the attention before, instead, it was up to 16 % at rank 32.
+    2.2 %, 4.3 % and 1.9 %. From the attention before, instead, it was up to 16 % at rank 32.
+
+    In bf16, with what the products take rounded to it, on 112 of them (``golden.fasta`` and the domain), from which the
+    figures of rank 24 above are, too: 3.8 % at rank 4, 2.2 % at 8, 4.9 % at 16, 2.8 % at 24, 4.2 % at 32 and 2.0 % at
+    48; from the recycle before 1.9 %, 1.6 %, 2.0 %, 2.2 %, 4.3 % and 2.0 %. With two iterations rank 24 was between 4.4
+    % and 5.0 %, by what operands were multiplied with before they were rounded.
     """
-    if rank < 24:
+    if rank <= 24:
         return max(3, 32 // rank)
     return 2 if rank <= 32 else 3
 
 
 def orthogonalised(columns: Tensor) -> Tensor:
-    """Orthonormal basis ``[.., N, L]`` of the column space of ``columns [.., N, L]``, by Cholesky of the Gram matrix.
+    """Orthonormal basis ``[.., N, L]`` fp64 of the column space of ``columns``, by Cholesky of the Gram matrix.
 
-    For fp32 columns the Gram matrix is formed and factorised in fp64, which bears its squared condition number, and its
+    For fp32 columns the Gram matrix is formed and factorised in fp64, which bears its squared condition number as well
+    as a product with the inverse of the factor, which is meant to be cheaper on a GPU than solving for N rows. Its
     diagonal is raised by what rounding of the columns amounts to. So it is positive definite whatever the columns are:
     the directions that they have but for rounding come out short or zero instead of failing, and there is no branch for
     which a GPU would have to wait. fp64 columns go to a QR decomposition.
@@ -142,51 +213,36 @@ def orthogonalised(columns: Tensor) -> Tensor:
     if columns.dtype == torch.float64:
         return torch.linalg.qr(columns).Q
     wide = columns.double()
-    gram = wide.mT @ wide
-    rounding = (4 * torch.finfo(columns.dtype).eps) ** 2
-    gram.diagonal(dim1=-2, dim2=-1).mul_(1 + rounding).add_(torch.finfo(gram.dtype).tiny)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    return torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False).to(columns.dtype)
+    scaling, smallest, identity = _raised(columns.shape[-1], (4 * torch.finfo(columns.dtype).eps) ** 2, columns.device)
+    factor, _ = torch.linalg.cholesky_ex(torch.addcmul(smallest, wide.mT @ wide, scaling))
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return wide @ inverse.mT
 
 
-def _centred(bias: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Bias without padding at a largest entry of 1, less the mean of each row; what it was divided by ``[B, H, 1, 1]``.
-
-    Squares of huge entries stay finite, and rounding floors have one size.
-    """
-    table = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    if mask is None:
-        scale = _largest(table)
-        table = table / scale
-        return table.sub_(table.mean(-1, keepdim=True)), scale
-    keep = kept_tokens(mask, bias)
-    padding = ~kept_pairs(keep)
-    table = table.masked_fill(padding, 0)
-    scale = _largest(table)
-    table /= scale
-    count = keep.sum(-1).clamp(min=1)[:, None, None, None]
-    return table.sub_(table.sum(-1, keepdim=True) / count).masked_fill_(padding, 0), scale
+@lru_cache(maxsize=8)
+def _raised(columns: int, rounding: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What a Gram matrix is multiplied by and what is added, so that it is positive definite; the identity."""
+    identity = torch.eye(columns, dtype=torch.float64, device=device)
+    return 1 + rounding * identity, torch.finfo(torch.float64).tiny * identity, identity
 
 
-def _largest(table: Tensor) -> Tensor:
-    largest = torch.linalg.vector_norm(table, torch.inf, dim=(-2, -1), keepdim=True)
-    return largest.clamp_(min=torch.finfo(table.dtype).tiny)
-
-
-def _sketch(centred: Tensor, rank: int, seed: int, start: Tensor | None) -> Tensor:
-    """Random columns ``[N, R]``, or ``[B, H, N, R]`` with a warm start in place of the first unless zero or NaN."""
-    random = _random(centred.shape[-1], rank, seed, centred.dtype, centred.device)
-    if start is None:
-        return random
-    warm = start[..., :rank].to(centred.dtype)
-    length = torch.linalg.vector_norm(warm, dim=-2, keepdim=True)
-    usable = (length > 0) & length.isfinite()
-    warm = torch.where(usable, warm * (centred.shape[-1] ** 0.5 / length), random[:, : warm.shape[-1]])
-    rest = random[:, warm.shape[-1] :].expand(*centred.shape[:2], -1, -1)
-    return torch.cat([warm, rest], dim=-1)
+def _sketch(centred: _Centred, rank: int, seed: int, start: Tensor | None) -> Tensor:
+    """Centred random columns ``[N, R]``, or ``[B H, N, R]``, a warm start in place of the first unless zero or NaN."""
+    tokens, dtype = centred.table.shape[-1], centred.unit.dtype
+    random = _random(tokens, rank, seed, dtype, centred.table.device)
+    if start is not None:
+        warm = start[..., :rank].to(dtype).flatten(0, 1)
+        length = torch.linalg.vector_norm(warm, dim=-2, keepdim=True)
+        usable = (length > 0) & length.isfinite()
+        warm = torch.where(usable, warm * (tokens**0.5 / length), random[:, : warm.shape[-1]])
+        random = torch.cat([warm, random[:, warm.shape[-1] :].expand(len(warm), -1, -1)], dim=-1)
+    if centred.padding is not None:
+        random = centred.project(random.masked_fill(centred.padding, 0))
+    return random
 
 
 @lru_cache(maxsize=8)
 def _random(tokens: int, columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, columns, generator=generator, dtype=dtype).to(device)
+    random = torch.randn(tokens, columns, generator=generator, dtype=dtype)
+    return (random - random.mean(0)).to(device)

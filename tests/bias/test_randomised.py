@@ -41,6 +41,45 @@ def test_error_on_trained_biases_cold_and_from_the_recycle_before(trained_biases
         assert_near_optimal(bias, rank, start=factorize_randomised(before, None, rank).phi_k)
 
 
+@pytest.mark.parametrize("rank", [4, 16, 24])
+def test_error_in_bf16_on_trained_biases(trained_biases, recycled_biases, rank):
+    """There the operands of the power iteration and the factors are rounded, too."""
+    for before, bias in zip(trained_biases, recycled_biases, strict=True):
+        before, bias = before.bfloat16(), bias.bfloat16()
+        assert_near_optimal(before, rank)
+        assert_near_optimal(bias, rank, start=factorize_randomised(before, None, rank).phi_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_of_transposed_or_permuted_memory_has_the_same_factors(trained_biases, dtype, masked):
+    bias = trained_biases[0].to(dtype)
+    mask = (torch.arange(bias.shape[-1]) < 90).unsqueeze(0) if masked else None
+    expected = factorize_randomised(bias, mask, 16)
+    channels_last = bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    product = expected.phi_q.double() @ expected.phi_k.double().mT
+    for same in (bias.mT.contiguous().mT, channels_last):
+        found = factorize_randomised(same, mask, 16)
+        assert found.phi_q.dtype == found.phi_k.dtype == dtype
+        gap = found.phi_q.double() @ found.phi_k.double().mT - product
+        assert gap.norm() < 0.02 * product.norm()
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_padding_and_means_of_rows_in_bf16_cost_no_accuracy(offset):
+    generator = torch.Generator().manual_seed(0)
+    tokens, kept = 120, 90
+    left, right = torch.randn(2, 1, 2, tokens, tokens, generator=generator)
+    rows = offset * torch.randn(1, 2, tokens, 1, generator=generator)
+    bias = (left * torch.arange(1, tokens + 1) ** -1.0 @ right + rows).bfloat16()
+    keep = (torch.arange(tokens) < kept).unsqueeze(0)
+    within = bias[..., :kept, :kept]
+    best = torch.linalg.svdvals(centred(within))[..., 8:].square().sum(-1).sqrt()
+    found = factorize_randomised(bias, keep, 8)
+    factors = [x[..., :kept, :] for x in found[:2]]
+    assert (frobenius(within, factors) <= 1.05 * best).all()
+
+
 def test_a_warm_start_is_used(trained_biases):
     """From its own factors a bias is decomposed better than from a random sketch, with an iteration less."""
     bias = trained_biases[-1]
@@ -119,6 +158,16 @@ def test_biases_of_low_rank_come_back_whatever_their_size(true_rank, decay, magn
     assert found.rank.item() <= 8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_masked_by_the_lowest_number_give_finite_factors(dtype):
+    bias = make_bias("random", 1, 2, 80, dtype=dtype)
+    bias[..., ::3] = torch.finfo(dtype).min
+    found = factorize_randomised(bias, None, 8)
+    assert found.phi_q.isfinite().all()
+    assert found.phi_k.isfinite().all()
+    assert (found.rank > 0).all()
+
+
 def test_a_bias_that_is_not_finite_is_refused_with_its_place():
     bias = make_bias("random", 1, 2, 63)
     bias[0, 1, 4, 5] = torch.nan
@@ -163,11 +212,11 @@ def test_basis_of_numerically_dependent_columns_spans_them():
     basis = orthogonalised(columns)
     assert basis.isfinite().all()
     assert not basis[1].any()
-    overlap = basis.double().mT @ basis.double()
+    overlap = basis.mT @ basis
     assert torch.linalg.eigvalsh(overlap).amax() < 1 + 1e-5
-    left = few - basis @ (basis.mT @ few)
+    left = few - basis @ (basis.mT @ few.double())
     assert left[0].norm() < 1e-4 * few[0].norm()
 
     graded = torch.randn(200, 8, generator=generator) * torch.logspace(0, -5, 8)
-    basis = orthogonalised(graded).double()
+    basis = orthogonalised(graded)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(8).double(), atol=0.02, rtol=0)
