@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.residue import UNKNOWN
-from pairformer_fast.training.shards import Shard, shard_path
+from pairformer_fast.training.shards import Shard, Structure, shard_path
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ class AntibodyDataset(Dataset):
             ``aatype``, ``residue_index``, ``chain_index``, ``cdr`` ``[N]`` int64; ``atom14`` ``[N, 14, 3]`` float32, Å;
             ``atom14_mask`` ``[N, 14]`` bool, ``weight`` scalar float32.
         """
-        shard, index = self._place(key.index if isinstance(key, Draw) else key)
-        structure = shard[index]
+        structure = self.structure(key.index if isinstance(key, Draw) else key)
         if isinstance(key, Draw):
             rows = [np.flatnonzero(structure.chain_index == chain) for chain in key.chains]
             structure = structure.select(np.concatenate(rows))
@@ -134,6 +133,11 @@ class AntibodyDataset(Dataset):
             "atom14_mask": torch.from_numpy(structure.atom14_mask),
             "weight": torch.tensor(structure.weight),
         }
+
+    def structure(self, index: int) -> Structure:
+        """A structure as the shard holds it."""
+        shard, place = self._place(index)
+        return shard[place]
 
     def chain_count(self, index: int) -> int:
         """Number of chains of a structure."""

@@ -1,0 +1,148 @@
+"""The suite ``accuracy``: the hold-outs folded, against their crystal structures and beside the teacher's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmark_rows import machine
+
+from pairformer_fast.bias import attach_factors, set_attention
+from pairformer_fast.bias.learned import side_file
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
+from pairformer_fast.model.checkpoint import (
+    checkpoint_metadata,
+    default_checkpoint,
+    load_checkpoint,
+    trained_with_factors,
+)
+from pairformer_fast.model.factors import load_factors
+from pairformer_fast.model.folding import FoldingModel
+from pairformer_fast.training.dataset import AntibodyDataset
+from pairformer_fast.training.evaluate import Evaluation, Folded, fold_all, plddt_agreement, region_rmsd, score
+from pairformer_fast.training.geometry import measure_geometry
+from pairformer_fast.training.idealize import idealize_backbones
+from pairformer_fast.training.prepare import predict_with_teacher
+from pairformer_fast.training.shards import Structure
+from pairformer_fast.training.sources import Pair
+
+Row = dict[str, Any]
+
+TARGETS, TEACHER = "crystal structure", "flash-abb"
+FV_SPLIT = "crystal"
+DIGITS = 4
+
+
+def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> Iterator[Row]:
+    """Accuracy on the hold-outs: of the weights with the reference and accelerated, and of the teacher.
+
+    Parameters
+    ----------
+    data : Path
+        Shards ``val`` and ``crystal``.
+    checkpoint : Path, optional
+        Weights; the bundled ones if omitted.
+    teacher : Path, optional
+        Shard of the teacher's structures of the Fv crystals; predicted and written there if it has others.
+    """
+    path = default_checkpoint() if checkpoint is None else checkpoint
+    held_out = {split: AntibodyDataset(data, split) for split in ("val", FV_SPLIT)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_checkpoint(path).to(device)
+    attentions = _attentions(model, path, device)
+    for split, dataset in held_out.items():
+        head = {"suite": "accuracy", "split": split}
+        targets = [dataset.structure(i) for i in range(len(dataset))]
+        yield head | {"impl": TARGETS} | described([{"id": s.id} | geometry_of(s) for s in targets]) | machine()
+        if split == FV_SPLIT and teacher is not None:
+            yield head | {"impl": TEACHER} | teacher_part(targets, teacher, str(device)) | machine()
+        for name, attention in attentions.items():
+            set_attention(model, attention)
+            part = model_part(list(fold_all(model, dataset, device)))
+            head_of_model = head | {"impl": name, "recycles": model.config.recycles}
+            yield head_of_model | part | machine() | {"training": checkpoint_metadata(path)}
+
+
+def model_part(structures: Sequence[Folded]) -> Row:
+    """Accuracy, geometry before and after peptide bonds are closed, and agreement of pLDDT of a split."""
+    closed = idealize_backbones([folded.prediction for folded in structures])
+    scores = [
+        accuracy_of(f) | geometry_of(f.prediction) | geometry_of(c, "geometry_closed")
+        for f, c in zip(structures, closed, strict=True)
+    ]
+    return _summary(structures) | {"plddt_agreement": plddt_agreement(structures)} | described(scores)
+
+
+def teacher_part(targets: Sequence[Structure], cache: Path, device: str) -> Row:
+    """Accuracy and geometry of the teacher's own structures of Fv targets."""
+    pairs = []
+    for target in targets:
+        vh, vl = (target.select(np.flatnonzero(target.chain_index == chain)).sequence for chain in (0, 1))
+        pairs.append(Pair(target.id, vh, vl, cdrh3=""))
+    predictions = predict_with_teacher(pairs, cache, device)
+    unknown = [np.full(len(target), np.nan) for target in targets]
+    structures = [Folded(*three) for three in zip(predictions, targets, unknown, strict=True)]
+    return _summary(structures) | described([accuracy_of(f) | geometry_of(f.prediction) for f in structures])
+
+
+def accuracy_of(folded: Folded) -> Row:
+    """Scores of a structure, with the RMSD of each region."""
+    return asdict(score(folded)) | {"regions": region_rmsd(folded.prediction, folded.target)}
+
+
+def geometry_of(structure: Structure, key: str = "geometry") -> Row:
+    """Stereochemistry of a structure."""
+    return {key: asdict(measure_geometry(structure))}
+
+
+def described(scores: Sequence[Row]) -> Row:
+    """Mean, median and worst of every group of numbers (regions, geometry), and the rounded scores themselves."""
+    groups = [key for key, value in scores[0].items() if isinstance(value, Mapping)]
+    return {
+        **{group: spreads([one[group] for one in scores]) for group in groups},
+        "scores": [_rounded(one) for one in scores],
+    }
+
+
+def spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean, median and worst (largest) of every number, over the structures that have it."""
+    found = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = np.array([row[key] for row in rows if key in row and not math.isnan(row[key])])
+        if len(values):
+            spread = {"mean": values.mean(), "median": np.median(values), "worst": values.max()}
+            found[key] = {name: round(float(value), DIGITS) for name, value in spread.items()}
+    return found
+
+
+def _summary(structures: Sequence[Folded]) -> Row:
+    scores = [score(folded) for folded in structures]
+    h3, rmsd = ([getattr(one, name) for one in scores] for name in ("lddt_h3", "rmsd"))
+    more = {
+        "lddt_h3_median": np.nanmedian(h3), "lddt_h3_worst": np.nanmin(h3),
+        "rmsd_median": np.median(rmsd), "rmsd_worst": np.max(rmsd),
+    }  # fmt: skip
+    return _rounded(Evaluation(scores).summary() | more)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with few digits, None where there is none."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(float(value), DIGITS)
+    return value
+
+
+def _attentions(model: FoldingModel, path: Path, device: torch.device) -> dict[str, AttentionConfig]:
+    """How pair biases are treated; factor networks are attached to weights that were trained with them."""
+    if not trained_with_factors(path):
+        return {"reference": AttentionConfig.reference(), "pairformer_fast auto": AttentionConfig()}
+    attach_factors(model, load_factors(side_file(path), model, path).to(device))
+    reference = AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED)
+    return {"reference": reference, "pairformer_fast learned": AttentionConfig(bias=BiasMethod.LEARNED)}
