@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from typing import cast
 
 import biotite.structure as struc
 import biotite.structure.info as info
@@ -26,6 +27,7 @@ DISULFIDE = 2.5
 """SG-SG distance, Å, below which two cysteines count as bonded."""
 
 _N, _CA, _C, _O, _CB = range(5)
+_AVERAGES = {name: cast(tuple[float, float, float], entry[0]) for name, entry in hedra_defaults.items()}
 _RADII = {element: info.vdw_radius_single(element) for element in "CNOS"}
 
 
@@ -147,10 +149,10 @@ def ideal_residue(letter: str) -> IdealResidue:
 
 def _average(*corner: str) -> tuple[float, float, float] | None:
     """Length, angle and length over crystal structures of three atoms, each with its residue's letter before it."""
-    if known := hedra_defaults.get("".join(corner)):
-        return known[0]
-    if known := hedra_defaults.get("".join(reversed(corner))):
-        return known[0][::-1]
+    if known := _AVERAGES.get("".join(corner)):
+        return known
+    if known := _AVERAGES.get("".join(reversed(corner))):
+        return known[2], known[1], known[0]
     return None
 
 
@@ -159,8 +161,8 @@ def _ideal_peptides() -> np.ndarray:
     """``[20, 4]``: angles CA-C-N and O-C-N of a residue, and length C-N and angle C-N-CA to the one before it."""
     rows = []
     for letter in RESTYPES:
-        out, into = hedra_defaults[f"{letter}CA{letter}CXN"][0], hedra_defaults[f"XC{letter}N{letter}CA"][0]
-        carbonyl = hedra_defaults[f"{letter}CA{letter}C{letter}O"][0]
+        out, into = _AVERAGES[f"{letter}CA{letter}CXN"], _AVERAGES[f"XC{letter}N{letter}CA"]
+        carbonyl = _AVERAGES[f"{letter}CA{letter}C{letter}O"]
         rows.append((out[1], 360 - out[1] - carbonyl[1], into[0], into[1]))
     return np.array(rows)
 
