@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,15 @@ def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> 
 
 
 def model_part(structures: Sequence[Folded]) -> Row:
-    """Accuracy, geometry before and after peptide bonds are closed, and agreement of pLDDT of a split."""
-    closed = idealize_backbones([folded.prediction for folded in structures])
+    """Accuracy, geometry and agreement of pLDDT of a split; ``closed``: with peptide bonds closed, as in fold."""
+    repaired = idealize_backbones([folded.prediction for folded in structures])
+    closed = [replace(one, prediction=prediction) for one, prediction in zip(structures, repaired, strict=True)]
     scores = [
-        accuracy_of(f) | geometry_of(f.prediction) | geometry_of(c, "geometry_closed")
-        for f, c in zip(structures, closed, strict=True)
+        accuracy_of(one) | geometry_of(one.prediction) | geometry_of(after.prediction, "geometry_closed")
+        for one, after in zip(structures, closed, strict=True)
     ]
-    return _summary(structures) | {"plddt_agreement": plddt_agreement(structures)} | described(scores)
+    head = _summary(structures) | {"closed": _summary(closed), "plddt_agreement": plddt_agreement(structures)}
+    return head | described(scores)
 
 
 def teacher_part(targets: Sequence[Structure], cache: Path, device: str) -> Row:
