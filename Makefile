@@ -14,24 +14,27 @@ OUT ?= out/example
 ARGS ?=
 # make test, make gpu-test: further arguments of pytest.
 TESTS ?=
+# make test: processes that share the tests, each with one thread; 0 is none, for a debugger.
+JOBS ?= 2
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported; pip would compile all that is installed.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile '$(TORCH)' --editable
 CODE := pairformer_fast kernels configs data scripts tests
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
-	@echo 'Variables: IN= OUT= ARGS= (fold), TESTS= (test, gpu-test), PYTHON= TORCH= (environment)'
+	@echo 'Variables: IN= OUT= ARGS= (fold), TESTS= (test, gpu-test), JOBS= (test), PYTHON= TORCH= (environment)'
 
 fold: .venv/.installed ## Install, then fold the bundled antibody (IN=, OUT=, ARGS=)
 	$(BIN)/pairformer-fast fold "$(IN)" "$(OUT)" $(ARGS)
 
 test: lint typecheck ## Formatting, lint, types and all tests that need no GPU (TESTS=)
-	$(BIN)/python -m pytest -m 'not gpu' $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not gpu' $(TESTS)
 
 gpu-test: .venv/.installed-dev ## The tests that need a CUDA GPU (TESTS=)
-	$(PIP) install --quiet '$(TORCH)' --editable '.[gpu]'
+	$(INSTALL) '.[gpu]' --quiet
 	$(BIN)/python -m pytest -m gpu $(TESTS)
 
 lint: .venv/.installed-dev ## Check formatting and style
@@ -68,9 +71,9 @@ clean: ## Remove the environment and everything that was built
 	exit 1
 
 .venv/.installed: .venv/.created setup.cfg pyproject.toml Makefile
-	$(PIP) install '$(TORCH)' --editable .
+	$(INSTALL) .
 	touch $@
 
-.venv/.installed-dev: .venv/.installed
-	$(PIP) install '$(TORCH)' --editable '.[dev,openfold,plot]'
-	touch $@
+.venv/.installed-dev: .venv/.created setup.cfg pyproject.toml Makefile
+	$(INSTALL) '.[dev,openfold,plot]'
+	touch .venv/.installed $@

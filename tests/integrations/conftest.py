@@ -82,7 +82,7 @@ def run_checks(tmp_path: Path, repository: Path) -> Callable[..., None]:
             path.write_text(text)
             for folder in path.relative_to(others).parents[:-1]:
                 (others / folder / "__init__.py").touch()
-        install = (sys.executable, "-m", "pip", "--python", interpreter, "install", "--retries", "1")
+        install = (sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-compile", "--retries", "1")
         for arguments in installations:
             run(*install, *arguments, cwd=tmp_path, PYTHONPATH=str(others))
         options = ("-p", "no:cacheprovider", "--disable-warnings")
