@@ -15,6 +15,7 @@ from benchmark_rows import machine
 from pairformer_fast.bias import attach_factors, set_attention
 from pairformer_fast.bias.learned import side_file
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
+from pairformer_fast.inference.errors import InputError
 from pairformer_fast.model.checkpoint import (
     checkpoint_metadata,
     default_checkpoint,
@@ -49,18 +50,24 @@ def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> 
         Weights; the bundled ones if omitted.
     teacher : Path, optional
         Shard of the teacher's structures of the Fv crystals; predicted and written there if it has others.
+
+    Raises
+    ------
+    InputError
+        If the teacher is needed and not installed, or ``teacher`` is another kind of file.
     """
     path = default_checkpoint() if checkpoint is None else checkpoint
     held_out = {split: AntibodyDataset(data, split) for split in ("val", FV_SPLIT)}
+    targets = {split: [dataset.structure(i) for i in range(len(dataset))] for split, dataset in held_out.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_checkpoint(path).to(device)
     attentions = _attentions(model, path, device)
+    taught = {} if teacher is None else {FV_SPLIT: _by_teacher(targets[FV_SPLIT], teacher, str(device))}
     for split, dataset in held_out.items():
         head = {"suite": "accuracy", "split": split}
-        targets = [dataset.structure(i) for i in range(len(dataset))]
-        yield head | {"impl": TARGETS} | described([{"id": s.id} | geometry_of(s) for s in targets]) | machine()
-        if split == FV_SPLIT and teacher is not None:
-            yield head | {"impl": TEACHER} | teacher_part(targets, teacher, str(device)) | machine()
+        yield head | {"impl": TARGETS} | described([{"id": s.id} | geometry_of(s) for s in targets[split]]) | machine()
+        if split in taught:
+            yield head | {"impl": TEACHER} | teacher_part(targets[split], taught[split]) | machine()
         for name, attention in attentions.items():
             set_attention(model, attention)
             part = model_part(list(fold_all(model, dataset, device)))
@@ -80,16 +87,11 @@ def model_part(structures: Sequence[Folded]) -> Row:
     return head | described(scores)
 
 
-def teacher_part(targets: Sequence[Structure], cache: Path, device: str) -> Row:
-    """Accuracy and geometry of the teacher's own structures of Fv targets."""
-    pairs = []
-    for target in targets:
-        vh, vl = (target.select(np.flatnonzero(target.chain_index == chain)).sequence for chain in (0, 1))
-        pairs.append(Pair(target.id, vh, vl, cdrh3=""))
-    predictions = predict_with_teacher(pairs, cache, device)
+def teacher_part(targets: Sequence[Structure], predictions: Sequence[Structure]) -> Row:
+    """Accuracy and geometry of the teacher's own structures."""
     unknown = [np.full(len(target), np.nan) for target in targets]
     structures = [Folded(*three) for three in zip(predictions, targets, unknown, strict=True)]
-    return _summary(structures) | described([accuracy_of(f) | geometry_of(f.prediction) for f in structures])
+    return _summary(structures) | described([accuracy_of(one) | geometry_of(one.prediction) for one in structures])
 
 
 def accuracy_of(folded: Folded) -> Row:
@@ -148,3 +150,16 @@ def _attentions(model: FoldingModel, path: Path, device: torch.device) -> dict[s
     attach_factors(model, load_factors(side_file(path), model, path).to(device))
     reference = AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED)
     return {"reference": reference, "pairformer_fast learned": AttentionConfig(bias=BiasMethod.LEARNED)}
+
+
+def _by_teacher(targets: Sequence[Structure], cache: Path, device: str) -> list[Structure]:
+    pairs = []
+    for target in targets:
+        vh, vl = (target.select(np.flatnonzero(target.chain_index == chain)).sequence for chain in (0, 1))
+        pairs.append(Pair(target.id, vh, vl, cdrh3=""))
+    try:
+        return predict_with_teacher(pairs, cache, device)
+    except ImportError as error:
+        raise InputError("--teacher: flash-abb is missing: pip install 'pairformer_fast[train]'") from error
+    except ValueError as error:
+        raise InputError(f"--teacher: {error}") from error

@@ -32,13 +32,11 @@ TARGETS = (
     ("val", "plddt_agreement", ">=", 0.6),
     ("crystal", "plddt_agreement", ">=", 0.6),
 )
-NAMES = {
-    "lddt": "lDDT-CA",
-    "lddt_h3": "CDR-H3 lDDT-CA",
-    "rmsd": "CA RMSD, Å",
-    "plddt_agreement": "Pearson of pLDDT and lDDT-CA",
-}
+NAMES_OF_SCORES = {"lddt": "lDDT-CA", "lddt_h3": "CDR-H3 lDDT-CA", "rmsd": "CA RMSD, Å"}
+NAMES = NAMES_OF_SCORES | {"plddt_agreement": "Pearson of pLDDT and lDDT-CA, residues"}
 Row = dict[str, Any]
+Measured = dict[tuple[str, str], Row]
+"""Rows by split and implementation."""
 
 
 def main(
@@ -46,15 +44,43 @@ def main(
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "accuracy.svg",
 ) -> None:
     """Calibration of pLDDT, RMSD by region and stereochemistry; prints the tables of the model card."""
-    measured = {(row["split"], row["impl"]): row for row in read_json(rows, "python scripts/benchmark.py accuracy")}
+    measured = by_name(read_json(rows, "python scripts/benchmark.py accuracy"))
     if missing := [split for split in SPLITS if not {REFERENCE, CRYSTAL} <= {i for s, i in measured if s == split}]:
         raise ValueError(f"{rows} has no rows of {', '.join(missing)}: write it with scripts/benchmark.py accuracy")
     draw(measured).savefig(output, metadata={"Date": None})
-    tables = "\n\n".join("\n".join(table(measured)) for table in (targets, regions, geometry))
-    print(f"wrote {output}; data/weights/README.md has these tables:\n\n{tables}")
+    print(f"wrote {output}; data/weights/README.md has these tables:\n\n" + "\n\n".join(tables(measured)))
 
 
-def targets(measured: dict[tuple[str, str], Row]) -> list[str]:
+def by_name(rows: Sequence[Row]) -> Measured:
+    """Rows by split and implementation."""
+    return {(row["split"], row["impl"]): row for row in rows}
+
+
+def tables(measured: Measured) -> list[str]:
+    """The tables of the model card, in Markdown."""
+    return ["\n".join(table(measured)) for table in (accuracy, targets, regions, geometry)]
+
+
+def accuracy(measured: Measured) -> list[str]:
+    """Accuracy of every path, mean / median / worst, in Markdown."""
+    heads = ("hold-out", "structures", *NAMES_OF_SCORES.values(), "mean absolute error of pLDDT")
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for (_, impl), row in measured.items():
+        name = {REFERENCE: "reference", "pairformer_fast auto": "`--bias auto`"}.get(impl, impl.split()[-1])
+        made = {} if impl == CRYSTAL else {name: row}
+        if impl == REFERENCE:
+            made["reference, peptide bonds closed"] = row["closed"]
+        for name, part in made.items():
+            scores = [
+                " / ".join(f"{part[key]:.{digits}f}" for key in (score, f"{score}_median", f"{score}_worst"))
+                for score, digits in (("lddt", 3), ("lddt_h3", 3), ("rmsd", 2))
+            ]
+            error = f"{part['plddt_error']:.3f}" if "plddt_error" in part else ""
+            lines.append(f"| {' | '.join([_held_out(row), name, *scores, error])} |")
+    return lines
+
+
+def targets(measured: Measured) -> list[str]:
     """Target and measured value of the reference, in Markdown."""
     lines = ["| hold-out | measure | target | mean / median / worst | |", "| --- | --- | --- | --- | --- |"]
     for split, key, sense, target in TARGETS:
@@ -75,7 +101,7 @@ def targets(measured: dict[tuple[str, str], Row]) -> list[str]:
     return lines
 
 
-def regions(measured: dict[tuple[str, str], Row]) -> list[str]:
+def regions(measured: Measured) -> list[str]:
     """RMSD by region, mean / median / worst, in Markdown."""
     columns = _columns(measured)
     lines = ["| region | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
@@ -85,7 +111,7 @@ def regions(measured: dict[tuple[str, str], Row]) -> list[str]:
     return lines
 
 
-def geometry(measured: dict[tuple[str, str], Row]) -> list[str]:
+def geometry(measured: Measured) -> list[str]:
     """Stereochemistry, mean / worst, in Markdown."""
     groups = _groups(measured)
     names = MEASURES | {"inverted": "CA with the wrong hand"}
@@ -96,7 +122,7 @@ def geometry(measured: dict[tuple[str, str], Row]) -> list[str]:
     return lines
 
 
-def draw(measured: dict[tuple[str, str], Row]) -> plt.Figure:
+def draw(measured: Measured) -> plt.Figure:
     """Calibration and regions above, stereochemistry of the Fv below."""
     figure = plt.figure(figsize=(14, 8.5), layout="constrained")
     grid = figure.add_gridspec(2, 12)
@@ -111,7 +137,7 @@ def draw(measured: dict[tuple[str, str], Row]) -> plt.Figure:
     calibration.plot([0, 1], [0, 1], color="grey", ls=":", lw=0.8)
     calibration.set(xlabel="pLDDT / 100, mean of a bin", ylabel="true lDDT-CA, mean of a bin")
     calibration.set(title="calibration; area: share of residues", xlim=(0, 1), ylim=(0, 1))
-    calibration.legend(fontsize=7, loc="upper left")
+    calibration.legend(fontsize=7, loc="lower right")
     _strips(
         figure.add_subplot(grid[0, 4:]),
         {name: [score["regions"] for score in row["scores"]] for name, row in _columns(measured).items()},
@@ -148,14 +174,14 @@ def _strip(axis: plt.Axes, place: float, values: Sequence[float], colour: Any) -
         axis.plot([place - 0.1, place + 0.1], [np.median(values)] * 2, "-", color="black", lw=1.5)
 
 
-def _columns(measured: dict[tuple[str, str], Row]) -> dict[str, Row]:
+def _columns(measured: Measured) -> dict[str, Row]:
     rows = {_held_out(measured[split, REFERENCE]): measured[split, REFERENCE] for split in SPLITS}
     if teacher := measured.get(("crystal", TEACHER)):
         rows[f"{_held_out(teacher)}, {TEACHER}"] = teacher
     return rows
 
 
-def _groups(measured: dict[tuple[str, str], Row]) -> dict[str, tuple[Row, str]]:
+def _groups(measured: Measured) -> dict[str, tuple[Row, str]]:
     """Rows of the Fv, and which of their measurements of the geometry."""
     groups = {
         "crystals": (measured["crystal", CRYSTAL], "geometry"),

@@ -114,7 +114,10 @@ def test_scripts(run_script: Run, preset: Path, tmp_path: Path, monkeypatch, nam
     assert list(tmp_path.iterdir()) == [preset]
 
 
-@pytest.mark.parametrize(("name", "option"), [("plot_attention", "--rows"), ("plot_openfold3_training", "--losses")])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("plot_attention", "--rows"), ("plot_accuracy", "--rows"), ("plot_openfold3_training", "--losses")],
+)
 def test_plots(run_script: Run, tmp_path: Path, name: str, option: str) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "text").write_text("no json")

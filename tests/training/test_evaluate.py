@@ -1,12 +1,14 @@
 """Scores of a prediction by region, and pLDDT against the truth."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pairformer_fast.inference.errors import InputError
 from pairformer_fast.training.evaluate import Folded, plddt_agreement, region_rmsd, score
 from pairformer_fast.training.shards import Structure, write_shard
 
@@ -80,8 +82,8 @@ def test_residues_without_a_target_do_not_count_for_plddt(target: Structure) -> 
     assert found["pearson"] is None
 
 
-def test_rows_of_a_split(script, target: Structure, tmp_path: Path) -> None:
-    """A row has every measure, survives JSON, and its teacher part takes structures from the file that keeps them."""
+def test_rows_of_a_split(script, target: Structure) -> None:
+    """A row has every measure and survives JSON; what is not known of the teacher is left out."""
     accuracy = script("benchmark_accuracy")
     loop = (target.cdr == 3) & (target.chain_index == 0)
     off = shifted(target, loop, [0, 0, 2.0])
@@ -96,10 +98,31 @@ def test_rows_of_a_split(script, target: Structure, tmp_path: Path) -> None:
     assert [one["id"] for one in row["scores"]] == ["fv", "fw"]
     assert row["scores"][0]["regions"]["H CDR3"] == pytest.approx(2, abs=1e-3)
 
-    cache = tmp_path / "teacher.safetensors"
-    write_shard(cache, [off, replace(off, id="fw")])
-    taught = accuracy.teacher_part(targets, cache, "cpu")
+    taught = accuracy.teacher_part(targets, [off, off])
     assert json.loads(json.dumps(taught, allow_nan=False)) == taught
-    assert taught["rmsd"] == pytest.approx(row["rmsd"], abs=0.01)
+    assert taught["rmsd"] == row["rmsd"]
     assert taught["scores"][0]["plddt"] is None
     assert "plddt_error" not in taught
+
+
+def test_teacher_structures_are_known_before_anything_is_folded(
+    script, target: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = script("benchmark_accuracy")
+    for split in ("val", "crystal"):
+        write_shard(tmp_path / f"{split}.safetensors", [target])
+    monkeypatch.setitem(sys.modules, "flash_abb", None)
+    (tmp_path / "text").write_text("no shard")
+    for name, message in (("none", "flash-abb is missing: pip install"), ("text", "text is no safetensors file")):
+        with pytest.raises(InputError, match=message):
+            next(accuracy.accuracy_rows(tmp_path, None, tmp_path / name))
+
+    monkeypatch.setattr(accuracy, "fold_all", lambda *_: [Folded(target, target, np.full(len(target), 0.9))])
+    known = shifted(target, target.chain_index == 1, [3.0, 0, 0])
+    write_shard(tmp_path / "teacher.safetensors", [known])
+    rows = list(accuracy.accuracy_rows(tmp_path, None, tmp_path / "teacher.safetensors"))
+    splits = {split: [row["impl"] for row in rows if row["split"] == split] for split in ("val", "crystal")}
+    assert splits["val"] == ["crystal structure", "reference", "pairformer_fast auto"]
+    assert splits["crystal"] == ["crystal structure", "flash-abb", "reference", "pairformer_fast auto"]
+    assert rows[4]["rmsd"] > 1
+    assert rows[5]["rmsd"] < 0.01
