@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.all_atom import AllAtom
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
+from pairformer_fast.model.residue import ATOM14, RESTYPES
 from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize
 from pairformer_fast.model.structure_module import torsion_norm
 from pairformer_fast.training.dataset import Batch
@@ -40,8 +42,9 @@ WEIGHTS = {
     "torsion": Weight(0.5, 0.5),
     "lddt": Weight(0.5, 1.0, 0.3, 0.5),
     "distogram": Weight(1.0, 0.3, 0.2, 0.5),
-    # Bonds pull at residues before they have found their places, so they come last.
+    # Bonds and clashes pull at residues before they have found their places, so they come last.
     "peptide": Weight(0.0, 0.3, 0.5, 0.8),
+    "clash": Weight(0.0, 0.3, 0.5, 0.8),
     "plddt": Weight(0.02, 0.02),
     "pae": Weight(0.02, 0.02),
 }
@@ -55,6 +58,13 @@ DISTOGRAM_RANGE = (2.0, 22.0)
 PEPTIDE_LENGTH = 1.329
 PEPTIDE_COS_CA_C_N, PEPTIDE_COS_C_N_CA = -0.4473, -0.5203
 """Engh and Huber: C-N in Å, cosines of the angles CA-C-N (116.6 degrees) and C-N-CA (121.4 degrees)."""
+
+CLASH_OVERLAP = 0.4
+"""Å by which van der Waals spheres may overlap."""
+CLASH_NEIGHBOURS = 32
+"""Residues, nearest by CA, that a residue is held apart from."""
+_RADIUS = {"C": 1.7, "N": 1.55, "O": 1.52, "S": 1.8}
+"""Å (Bondi 1964)."""
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -110,6 +120,7 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights
         "lddt": 1 - smooth_lddt(structure.atom14[:, :, 1], ca, ca_known),
         "distogram": distogram_loss(output.distogram, target, frame_mask),
         "peptide": peptide_loss(structure.atom14, features),
+        "clash": clash_loss(structure.atom14, features),
         "plddt": binned_loss(output.plddt, lddt, 1.0, ca_known),
         "pae": pae_loss(output.pae, structure.frames[-1], frames, frame_mask, ca, ca_known),
     }  # fmt: skip
@@ -211,6 +222,36 @@ def peptide_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
     cos_n = (normalize(c - n) * normalize(next_ca - n)).sum(-1)
     deviation = (length - PEPTIDE_LENGTH).abs() + (cos_c - PEPTIDE_COS_CA_C_N).abs()
     return masked_mean(deviation + (cos_n - PEPTIDE_COS_C_N_CA).abs(), bonded)
+
+
+@cache
+def _radii(device: torch.device) -> Tensor:
+    """Van der Waals radii of atoms ``[residue types, 14]`` in Å, 0 where a type has no such atom."""
+    rows = [[_RADIUS[name[0]] for name in ATOM14[residue]] for residue in RESTYPES]
+    padded = [row + [0.0] * (14 - len(row)) for row in rows]
+    return torch.tensor([*padded, [0.0] * 14], device=device)
+
+
+def clash_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
+    """Overlap (Å) of van der Waals spheres beyond 0.4 Å, summed over the atoms around a residue; its mean ``[B]``.
+
+    Residues that follow one another and pairs of sulphur atoms do not count (AF2 supplement 1.9.11). The gradient moves
+    atoms of a residue away from where its neighbours are; each pair of near residues is seen from both sides.
+    """
+    index, chain, mask = features.residue_index, features.chain_index, features.mask
+    radii = _radii(atom14.device)[features.aatype] * mask[..., None]
+    with torch.no_grad():
+        bonded = (chain[:, :, None] == chain[:, None]) & ((index[:, :, None] - index[:, None]).abs() <= 1)
+        between = distances(atom14[:, :, 1]).masked_fill(bonded | ~mask[:, None], torch.inf)
+        nearest = between.topk(min(CLASH_NEIGHBOURS, atom14.shape[1] - 1), largest=False)
+        structures = torch.arange(len(atom14), device=atom14.device)[:, None, None]
+        others = atom14[structures, nearest.indices]
+        other_radii = radii[structures, nearest.indices] * nearest.values.isfinite()[..., None]
+    first, second = radii[:, :, None, :, None], other_radii[:, :, :, None]
+    counted = (first > 0) & (second > 0) & ((first < _RADIUS["S"]) | (second < _RADIUS["S"]))
+    apart = ((atom14[:, :, None, :, None] - others[:, :, :, None]).square().sum(-1) + EPSILON).sqrt()
+    overlap = (first + second - CLASH_OVERLAP - apart).clamp(min=0) * counted
+    return masked_mean(overlap.sum((-3, -2, -1)), mask)
 
 
 def binned_loss(logits: Tensor, value: Tensor, largest: float, mask: Tensor) -> Tensor:

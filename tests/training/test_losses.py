@@ -21,6 +21,7 @@ from pairformer_fast.training.losses import (
     FAPE_SCALE,
     WEIGHTS,
     Weight,
+    clash_loss,
     compute_losses,
     fape,
     lddt_ca,
@@ -229,6 +230,43 @@ def test_peptide_loss_sees_no_bond_between_chains_across_gaps_or_in_padding() ->
         replace(features, mask=~later),
     ):
         assert peptide_loss(broken, apart) < 0.01
+
+
+def spread(sequence: str) -> tuple[torch.Tensor, TokenFeatures]:
+    """Residues with ideal geometry 30 Å from one another."""
+    features = TokenFeatures.from_chains([sequence])
+    trans = 30 * torch.arange(len(sequence))[None, :, None] * torch.tensor([1.0, 0, 0])
+    place = Rigid(torch.eye(3).expand(1, len(sequence), 3, 3), trans)
+    return ALL_ATOM(place, random_torsions(features), features.aatype), features
+
+
+def test_clash_loss_is_the_overlap_of_spheres_of_residues_that_are_not_bonded() -> None:
+    atom14, features = spread("GAAAG")
+    assert clash_loss(atom14, features) == 0
+    near = atom14.clone()
+    near[0, 4] += near[0, 0, 3] - near[0, 4, 3] + torch.tensor([0, 0, 2.0])  # O of the last 2 Å from O of the first
+    near[0, 4, :3] += 100
+    near[0, 0, :3] -= 100
+    near.requires_grad_()
+    loss = clash_loss(near, features)
+    # seen from both sides, over five residues
+    assert loss.item() == pytest.approx(2 * (2 * 1.52 - 0.4 - 2.0) / 5, abs=1e-4)
+    (gradient,) = torch.autograd.grad(loss, near)
+    assert gradient[0, 4, 3, 2] < 0 < gradient[0, 0, 3, 2]
+    assert gradient[0, 1:4].abs().max() == 0
+    bonded = replace(features, residue_index=torch.tensor([[0, 5, 9, 13, 1]]))
+    assert clash_loss(near, bonded) == 0
+    assert clash_loss(near, replace(bonded, chain_index=torch.tensor([[0, 0, 0, 0, 1]]))) > 0
+    assert clash_loss(near, replace(features, mask=torch.tensor([[True] * 4 + [False]]))) == 0
+
+
+def test_clash_loss_lets_two_sulphur_atoms_bond() -> None:
+    atom14, features = spread("CAAAC")
+    near = atom14.clone()
+    near[0, 4] += near[0, 0, 5] - near[0, 4, 5] + torch.tensor([0, 0, 2.05])
+    near[0, 4, :5] += 100
+    near[0, 0, :5] -= 100
+    assert clash_loss(near, features) == 0
 
 
 def test_what_is_masked_does_not_matter() -> None:
