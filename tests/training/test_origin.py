@@ -51,7 +51,8 @@ def test_a_run_starts_from_the_given_weights_and_says_so(data: Path, weights: Pa
     # the weights of the loss are the last ones from the first step on
     assert first["total"] == pytest.approx(
         first["fape_backbone"] + first["fape_atoms"] + 0.5 * first["torsion"] + first["lddt"]
-        + 0.3 * first["distogram"] + 0.15 * first["peptide"] + 0.02 * (first["plddt"] + first["pae"]), abs=2e-3,
+        + 0.3 * (first["distogram"] + first["clash"]) + 0.15 * first["peptide"]
+        + 0.02 * (first["plddt"] + first["pae"]), abs=2e-3,
     )  # fmt: skip
     earlier = checkpoint_metadata(weights)
     assert last["origin"] == origin_facts(weights, BiasMethod.DENSE)
