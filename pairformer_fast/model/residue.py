@@ -39,6 +39,12 @@ _SIDE_CHAINS = {
 ATOM14 = {aa: BACKBONE + tuple(names.split()) for aa, names in _SIDE_CHAINS.items()}
 """Heavy atoms of each residue in the order of the ``atom14`` axis (4 to 14 names)."""
 
+VDW_RADIUS = {"C": 1.7, "N": 1.55, "O": 1.52, "S": 1.8}
+"""Van der Waals radii of heavy atoms, Å (Bondi 1964)."""
+
+CLASH_OVERLAP = 0.4
+"""Å by which the van der Waals spheres of two heavy atoms have to overlap for a clash (Word et al. 1999)."""
+
 CHI_ATOMS = {
     aa: tuple(tuple(chi.split("-")) for chi in chis.split())
     for aa, chis in {

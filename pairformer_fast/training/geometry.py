@@ -17,18 +17,14 @@ import biotite.structure.info as info
 import numpy as np
 from Bio.PDB.ic_data import hedra_defaults
 
-from pairformer_fast.model.residue import ATOM14, RESTYPES, THREE_LETTER
+from pairformer_fast.model.residue import ATOM14, CLASH_OVERLAP, RESTYPES, THREE_LETTER, VDW_RADIUS
 from pairformer_fast.training.shards import Structure
-
-OVERLAP = 0.4
-"""Å by which the van der Waals spheres of two heavy atoms have to overlap for a clash (Word et al. 1999)."""
 
 DISULFIDE = 2.5
 """SG-SG distance, Å, below which two cysteines count as bonded."""
 
 _N, _CA, _C, _O, _CB = range(5)
 _AVERAGES = {name: cast(tuple[float, float, float], entry[0]) for name, entry in hedra_defaults.items()}
-_RADII = {element: info.vdw_radius_single(element) for element in "CNOS"}
 
 
 @dataclass(frozen=True)
@@ -105,9 +101,9 @@ def count_clashes(structure: Structure) -> int:
     if not len(residue):
         return 0
     names = np.array([ATOM14[RESTYPES[structure.aatype[i]]][j] for i, j in zip(residue, slot, strict=True)])
-    radii = np.array([_RADII[name[0]] for name in names])
+    radii = np.array([VDW_RADIUS[name[0]] for name in names])
     coord = structure.atom14[residue, slot].astype(np.float32)
-    reach = 2 * max(_RADII.values()) - OVERLAP
+    reach = 2 * max(VDW_RADIUS.values()) - CLASH_OVERLAP
     near = struc.CellList(coord, reach).create_adjacency_matrix(reach)
     first, second = np.nonzero(np.triu(near, 1))
     apart = np.linalg.norm(coord[first] - coord[second], axis=-1)
@@ -116,7 +112,7 @@ def count_clashes(structure: Structure) -> int:
     joined[following, following + 1] = True
     disulfide = (names[first] == "SG") & (names[second] == "SG") & (apart < DISULFIDE)
     joined[residue[first[disulfide]], residue[second[disulfide]]] = True
-    clash = (apart < radii[first] + radii[second] - OVERLAP) & ~joined[residue[first], residue[second]]
+    clash = (apart < radii[first] + radii[second] - CLASH_OVERLAP) & ~joined[residue[first], residue[second]]
     return int(clash.sum())
 
 

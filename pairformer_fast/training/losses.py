@@ -13,7 +13,7 @@ from pairformer_fast.features import TokenFeatures
 from pairformer_fast.model.all_atom import AllAtom
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
-from pairformer_fast.model.residue import ATOM14, RESTYPES
+from pairformer_fast.model.residue import ATOM14, CLASH_OVERLAP, RESTYPES, VDW_RADIUS
 from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize
 from pairformer_fast.model.structure_module import torsion_norm
 from pairformer_fast.training.dataset import Batch
@@ -59,12 +59,8 @@ PEPTIDE_LENGTH = 1.329
 PEPTIDE_COS_CA_C_N, PEPTIDE_COS_C_N_CA = -0.4473, -0.5203
 """Engh and Huber: C-N in Å, cosines of the angles CA-C-N (116.6 degrees) and C-N-CA (121.4 degrees)."""
 
-CLASH_OVERLAP = 0.4
-"""Å by which van der Waals spheres may overlap."""
 CLASH_NEIGHBOURS = 32
 """Residues, nearest by CA, that a residue is held apart from."""
-_RADIUS = {"C": 1.7, "N": 1.55, "O": 1.52, "S": 1.8}
-"""Å (Bondi 1964)."""
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -227,7 +223,7 @@ def peptide_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
 @cache
 def _radii(device: torch.device) -> Tensor:
     """Van der Waals radii of atoms ``[residue types, 14]`` in Å, 0 where a type has no such atom."""
-    rows = [[_RADIUS[name[0]] for name in ATOM14[residue]] for residue in RESTYPES]
+    rows = [[VDW_RADIUS[name[0]] for name in ATOM14[residue]] for residue in RESTYPES]
     padded = [row + [0.0] * (14 - len(row)) for row in rows]
     return torch.tensor([*padded, [0.0] * 14], device=device)
 
@@ -248,7 +244,7 @@ def clash_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
         others = atom14[structures, nearest.indices]
         other_radii = radii[structures, nearest.indices] * nearest.values.isfinite()[..., None]
     first, second = radii[:, :, None, :, None], other_radii[:, :, :, None]
-    counted = (first > 0) & (second > 0) & ((first < _RADIUS["S"]) | (second < _RADIUS["S"]))
+    counted = (first > 0) & (second > 0) & ((first < VDW_RADIUS["S"]) | (second < VDW_RADIUS["S"]))
     apart = ((atom14[:, :, None, :, None] - others[:, :, :, None]).square().sum(-1) + EPSILON).sqrt()
     overlap = (first + second - CLASH_OVERLAP - apart).clamp(min=0) * counted
     return masked_mean(overlap.sum((-3, -2, -1)), mask)
