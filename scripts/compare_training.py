@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot
 
 from pairformer_fast.inference.files import write_atomically
@@ -21,7 +22,6 @@ from pairformer_fast.user_errors import run_script
 
 plt = pyplot("kernel_training")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 WINDOWS = 10
 REFERENCE = "reference"
 

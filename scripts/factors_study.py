@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot
 
 from pairformer_fast.inference.files import write_atomically
@@ -16,7 +17,6 @@ from pairformer_fast.user_errors import run_script
 
 plt = pyplot("factors_study")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 LABELS = {"lddt": "lDDT-CA", "lddt_h3": "lDDT-CA, CDR-H3", "rmsd": "CA RMSD, Å"}
 SMOOTHED = 10
 """Logged rows in a point of the curves."""

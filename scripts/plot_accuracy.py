@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot, read_json
 
 from pairformer_fast.user_errors import run_script
 
 plt = pyplot("accuracy")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 REFERENCE, TEACHER, CRYSTAL = "reference", "flash-abb", "crystal structure"
 SPLITS = {"val": "VH", "crystal": "Fv"}
 MEASURES = {

@@ -8,13 +8,13 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot, read_json
 
 from pairformer_fast.user_errors import run_script
 
 plt = pyplot("approximation")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 OURS = "pairformer_fast "
 KINDS = {"tri_att_start": "starting node", "tri_att_end": "ending node", "attn_pair_bias": "single"}
 SHOWN_BY_BLOCK = ("svd, rank 16", "structured, rank 16")

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot, read_json
 
 from pairformer_fast.user_errors import run_script
 
 plt = pyplot("attention")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 OURS = "pairformer_fast"
 DIRECTIONS = {"fwd": "forward", "fwdbwd": "forward + backward"}
 BY_SIZE = ("targets", "sizes", "long")

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmark_rows import RESULTS
 from plotting import pyplot, read_json
 
 from pairformer_fast.user_errors import run_script
 
 plt = pyplot("openfold3_training")
 
-RESULTS = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
 SMOOTHED = 20
 """Steps of the running mean."""
 STYLES = (
