@@ -70,6 +70,7 @@ def compare(runs: list[StudyRun]) -> dict[str, Any]:
     noise = np.max([np.abs(by_run[id(run)] - by_run[id(same[0])]) for run in others if run is not same[0]], axis=0)
     return {
         "windows": WINDOWS,
+        "settings": settings[0],
         "runs": [
             {
                 "backend": _backend(run),

@@ -45,6 +45,7 @@ def test_kernels_follow_within_the_noise_of_seeds(invoke, tmp_path: Path, shift:
     assert status == (0 if follows else 1), err
     found = json.loads(output.read_text())
     assert found["follows"] is follows
+    assert found["settings"] == {"steps": 100}
     assert found["difference"] == pytest.approx([shift] * 10)
     assert found["between_seeds"] == pytest.approx([0.1] * 10)
     assert output.with_suffix(".svg").is_file()
