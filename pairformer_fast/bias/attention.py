@@ -162,6 +162,11 @@ class PairBiasAttention(Configured):
         """Whether factors come from a network, so that no dense bias is needed."""
         return self.config.bias is BiasMethod.LEARNED
 
+    @property
+    def followed(self) -> bool:
+        """Whether its decisions are shown to somebody, or serve the next recycle."""
+        return self._observer is not None or self._recycled is not None
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Factors, mask: Tensor | None) -> Tensor:
         """Attend.
 

@@ -34,6 +34,14 @@ class NewClass(NamedTuple):
     cls: type[nn.Module]
 
 
+class Releases:
+    """Mixed into a class that holds memory beside its modules."""
+
+    def release(self) -> None:
+        """Free it; the module works on."""
+        raise NotImplementedError
+
+
 class Target(NamedTuple):
     """One attention to swap.
 
@@ -344,6 +352,8 @@ class Acceleration:
         for part in self._parts:
             del part.config
         for module, cls in self._undo:
+            if isinstance(module, Releases):
+                module.release()
             module.__class__ = cls
         for holder in self._holders:
             delattr(holder, CORE)

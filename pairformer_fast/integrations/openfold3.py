@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from openfold3.core.model.latent.base_blocks import PairBlock
+from openfold3.core.model.latent.pairformer import PairFormerStack
 from openfold3.core.model.latent.template_module import TemplatePairBlock
 from openfold3.core.model.layers.attention_pair_bias import (
     AttentionPairBias,
@@ -54,6 +55,7 @@ from pairformer_fast.integrations.acceleration import (
     sort_out,
 )
 from pairformer_fast.integrations.openfold3_sampling import around_sampler, sampler_obstacle
+from pairformer_fast.integrations.openfold3_stack import FastPairFormerStack
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.attention import TriangleUpdate
@@ -276,7 +278,11 @@ def plan(model: nn.Module) -> Plan:
             around |= new
         else:
             skipped.append(Skipped.of(path, module, reason))
-    learnable = dict(_learnable(targets, {path for path, change in around.items() if change.cls is FastPairBlock}))
+    whole = {path for path, change in around.items() if change.cls is FastPairBlock}
+    for module, path in paths.items():
+        if type(module) is PairFormerStack and all(_runs_here(paths[block], whole, swapped) for block in module.blocks):
+            around[path] = NewClass(module, FastPairFormerStack)
+    learnable = dict(_learnable(targets, whole))
     return Plan(targets, skipped, around, learnable)
 
 
@@ -289,6 +295,11 @@ def _block_obstacle(block: PairBlock, path: str, swapped: set[str]) -> str | Non
     if not getattr(block, "tri_mul_first", True):
         return "its attention comes before its triangle multiplication"
     return block_obstacle(block, path, _PARTS, _takes, swapped)
+
+
+def _runs_here(block: str, whole: set[str], swapped: set[str]) -> bool:
+    """Whether the pair representation and the single attention of a Pairformer block are updated here."""
+    return f"{block}.pair_stack" in whole and f"{block}.attn_pair_bias" in swapped
 
 
 def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from pairformer_fast.inference.validate import available_bytes
 
@@ -24,6 +25,20 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free
+
+
+class Inputs:
+    """Features, representations and a setting of a run of the sampler, to be told from any others."""
+
+    def __init__(self, batch: dict[str, Any], trunk: tuple[Tensor, ...], setting: Any) -> None:
+        self._tensors = (*trunk, *(x for _, x in sorted(batch.items()) if isinstance(x, Tensor)))
+        self._state = (setting, *(0 if x.is_inference() else x._version for x in self._tensors))
+
+    def same(self, other: Self) -> bool:
+        """Whether both are of the same tensors, not written to in between."""
+        if self._state != other._state or len(self._tensors) != len(other._tensors):
+            return False
+        return all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
 
 
 class Kept:
@@ -69,6 +84,11 @@ class Kept:
     def of(self, owner: Keeps) -> Any:
         """What a module has kept; None if nothing."""
         return self._values.get(owner)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody keeps all that the steps share."""
+        return not self.readers and not self._refused
 
     def has_room(self, owner: Keeps) -> bool:
         """Whether nothing of a module has been refused yet."""

@@ -13,7 +13,7 @@ representation counts in the first step alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from openfold3.core.model.layers.attention_pair_bias import CrossAttentionPairBias, DiffusionAttentionPairBias
@@ -43,7 +43,8 @@ from pairformer_fast.integrations.openfold3_blocks import (
     normalised,
     updated,
 )
-from pairformer_fast.integrations.openfold3_kept import Keeps, Kept
+from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps, Kept
+from pairformer_fast.integrations.openfold3_steps import FastAtomAttentionDecoder, FastDiffusionModule
 from pairformer_fast.kernels.flash_bias import Factors, flash_bias_attention
 
 
@@ -79,7 +80,7 @@ class FastDiffusionConditioning(Keeps, DiffusionConditioning):
     ) -> tuple[Tensor, Tensor]:
         """Conditioned single and pair representation; the latter empty once everybody has kept what it needs of it."""
         options = {"t": t, "use_conditioning": use_conditioning, "chunk_size": chunk_size}
-        kept, inputs = self.kept, _Inputs(batch, (si_input, si_trunk, zij_trunk), use_conditioning)
+        kept, inputs = self.kept, Inputs(batch, (si_input, si_trunk, zij_trunk), use_conditioning)
         if kept is None:
             return super().forward(batch, si_input=si_input, si_trunk=si_trunk, zij_trunk=zij_trunk, **options)
         found = kept.of(self)
@@ -101,20 +102,6 @@ class FastDiffusionConditioning(Keeps, DiffusionConditioning):
         for transition in self.transition_s:
             s = s + transition(s, mask=batch["token_mask"])
         return s, z
-
-
-class _Inputs:
-    """What the conditioning was computed from, to be told from anything else."""
-
-    def __init__(self, batch: dict[str, Any], trunk: tuple[Tensor, ...], use_conditioning: bool) -> None:
-        self._tensors = (*trunk, *(x for _, x in sorted(batch.items()) if isinstance(x, Tensor)))
-        self._state = (use_conditioning, *(0 if x.is_inference() else x._version for x in self._tensors))
-
-    def same(self, other: Self) -> bool:
-        """Whether both are of the same tensors, not written to in between."""
-        if self._state != other._state or len(self._tensors) != len(other._tensors):
-            return False
-        return all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
 
 
 class FastAtomAttentionEncoder(Keeps, AtomAttentionEncoder):
@@ -265,10 +252,12 @@ class _TokenBlocks:
 
 
 _PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "": (DiffusionModule, FastDiffusionModule),
     "diffusion_conditioning": (DiffusionConditioning, FastDiffusionConditioning),
     "atom_attn_enc": (AtomAttentionEncoder, FastAtomAttentionEncoder),
     "atom_attn_enc.atom_transformer": (DiffusionTransformer, FastAtomTransformer),
     "diffusion_transformer": (DiffusionTransformer, FastDiffusionTransformer),
+    "atom_attn_dec": (AtomAttentionDecoder, FastAtomAttentionDecoder),
     "atom_attn_dec.atom_transformer": (DiffusionTransformer, FastAtomTransformer),
 }
 
@@ -293,7 +282,7 @@ def sampler_obstacle(sampler: SampleDiffusion, paths: Mapping[nn.Module, str], s
     denoiser: Any = sampler.diffusion_module
     if "forward" in vars(sampler):
         return "its forward was replaced on the instance"
-    if type(denoiser) is not DiffusionModule or type(denoiser.atom_attn_dec) is not AtomAttentionDecoder:
+    if type(denoiser) is not DiffusionModule:
         return "its diffusion module is not the one that is known here"
     for name, (cls, _) in _PARTS.items():
         part = denoiser.get_submodule(name)

@@ -1,0 +1,309 @@
+"""Blocks of one kind from one CUDA graph, where launches take longer than the work.
+
+The graph reads its inputs and the parameters from tensors of its own. A block's parameters are copied there before its
+replay, a few microseconds of a GPU, so that a stack of any depth costs the capture of one block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from pairformer_fast.bias import BiasReport, PairBiasAttention
+from pairformer_fast.bias.policy import keeps_dense
+
+KEPT_BYTES = 2**26
+"""A graph with larger states is captured anew for every pass through a stack, not held between them."""
+
+States = tuple[Tensor, ...]
+
+
+class Graph(Protocol):
+    """What :func:`capture` gives."""
+
+    def replay(self) -> None:
+        """Do again what was captured, with what its inputs hold now."""
+
+
+def capture(run: Callable[[], Any], device: torch.device) -> tuple[Graph, Any]:
+    """CUDA graph of ``run`` and the result that replays write to; the noise to come is as if nothing had run."""
+    noise = torch.cuda.get_rng_state(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: autograd and the watchdog of NCCL have threads of their own.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+    torch.cuda.set_rng_state(noise, device)
+    return graph, result
+
+
+def can_capture(x: Tensor) -> bool:
+    """Whether what is done with ``x`` can be captured: on a GPU, where nobody captures it already."""
+    return x.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+
+def can_replay(blocks: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether a graph can stand for each of ``blocks``: on a GPU, no hooks, and no bias that the host decides about."""
+    return can_capture(x) and all(_plain(module, x) for block in blocks for module in block.modules())
+
+
+def intervened(module: nn.Module) -> bool:
+    """Whether a call of a module, its parts aside, does more than the forward of its class."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _plain(module: nn.Module, x: Tensor) -> bool:
+    if intervened(module):
+        return False
+    if not isinstance(module, PairBiasAttention):
+        return True
+    return not module.learned and not module.followed and keeps_dense(module.config, x)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One pass through a stack of blocks ``(*states, **masks, **flags) -> states``.
+
+    Attributes
+    ----------
+    masks : mapping of str to Tensor
+        Arguments that are the same for all blocks.
+    flags : mapping of str
+        Arguments that are no tensors.
+    """
+
+    masks: Mapping[str, Tensor]
+    flags: Mapping[str, Any]
+
+    def __call__(self, block: nn.Module, parameters: Sequence[Tensor], states: States) -> States:
+        """What a block gives with ``parameters`` in place of its own."""
+        names = (name for name, _ in block.named_parameters())
+        arguments = {**self.masks, **self.flags}
+        return functional_call(block, dict(zip(names, parameters, strict=True)), states, arguments)
+
+    def copy(self) -> Call:
+        """The same with masks that nobody else writes to."""
+        return Call({name: mask.clone() for name, mask in self.masks.items()}, self.flags)
+
+    def key(self, states: States) -> tuple[Any, ...]:
+        """What a graph depends on beside the values of tensors."""
+        tensors = [(x.shape, x.dtype) for x in (*states, *self.masks.values())]
+        device = states[0].device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        modes = (torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled(), *_autocast(device))
+        return (*tensors, tuple(self.flags.items()), device, stream, *modes)
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+def same_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast as it is, without the cache of casted weights: a graph has to cast them each time."""
+    enabled, dtype = _autocast(device)
+    return torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False)
+
+
+class _Forward:
+    """Graph of a block without gradients, whose result takes the place of its states."""
+
+    def __init__(self, block: nn.Module, call: Call, states: States) -> None:
+        self.call, self.states = call.copy(), tuple(x.clone() for x in states)
+        self.parameters = [x.detach().clone() for x in block.parameters()]
+        self._cores = _cores(block)
+        self.graph, self._reports = capture(lambda: self._run(block), states[0].device)
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module) -> list[list[BiasReport]]:
+        before = [len(core.report) for core in self._cores]
+        with same_autocast(self.states[0].device):
+            new = self.call(block, self.parameters, self.states)
+        for state, value in zip(self.states, new, strict=True):
+            if value.data_ptr() != state.data_ptr():
+                state.copy_(value)
+        reports = [core.report[count:] for core, count in zip(self._cores, before, strict=True)]
+        for core, count in zip(self._cores, before, strict=True):
+            del core.report[count:]
+        return reports
+
+    @torch.no_grad()
+    def fill(self, call: Call, states: States) -> None:
+        """Take the inputs of a pass, or of a block."""
+        _copy([*self.states, *self.call.masks.values()], [*states, *call.masks.values()])
+
+    @torch.no_grad()
+    def __call__(self, block: nn.Module) -> None:
+        """Update the states by a block, whose reports are as if it had run."""
+        _copy(self.parameters, list(block.parameters()))
+        self.graph.replay()
+        for core, reports in zip(_cores(block), self._reports, strict=True):
+            core.report.extend(reports)
+
+
+class _Backward:
+    """Graph of the gradients of a block, which runs forward again."""
+
+    def __init__(self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any) -> None:
+        self.call, self._autocast = call.copy(), autocast
+        self.states = tuple(x.detach().clone().requires_grad_() for x in states)
+        self.dstates = tuple(x.clone() for x in dstates)
+        self.parameters = [x.detach().clone().requires_grad_() for x in block.parameters()]
+        self.graph, self.gradients = capture(lambda: self._run(block), states[0].device)
+
+    def _run(self, block: nn.Module) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad(), self._autocast:
+            new = self.call(block, self.parameters, self.states)
+        return torch.autograd.grad(new, (*self.states, *self.parameters), self.dstates, allow_unused=True)
+
+    @torch.no_grad()
+    def __call__(self, call: Call, states: States, dstates: States, parameters: Sequence[Tensor]) -> list[Any]:
+        """Gradients of the states and of the parameters."""
+        _copy([*self.states, *self.call.masks.values(), *self.dstates], [*states, *call.masks.values(), *dstates])
+        _copy(self.parameters, parameters)
+        self.graph.replay()
+        return [None if x is None else x.clone() for x in self.gradients]
+
+
+def _copy(held: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+    torch._foreach_copy_([x.detach() for x in held], [x.detach() for x in given])
+
+
+def _cores(block: nn.Module) -> list[PairBiasAttention]:
+    return [module for module in block.modules() if isinstance(module, PairBiasAttention)]
+
+
+class BlockReplay:
+    """Passes through stacks of blocks alike, from graphs; used where :func:`can_replay` says so.
+
+    One graph is held, that of the last size, unless its states are large. Several threads take turns.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[Any, _Forward] = {}
+        self._backward: dict[Any, _Backward] = {}
+
+    def release(self) -> None:
+        """Free what the graphs hold."""
+        self._held.clear()
+        self._backward.clear()
+
+    @torch.no_grad()
+    def infer(self, blocks: Sequence[nn.Module], call: Call, states: States, out: States | None = None) -> States:
+        """States after all blocks.
+
+        Parameters
+        ----------
+        blocks : sequence of nn.Module
+            With the same parts and shapes of parameters.
+        call : Call
+            May let blocks write to the states they are given: they are copies.
+        states : tuple of Tensor
+        out : tuple of Tensor, optional
+            Where the result goes, such as the states themselves.
+        """
+        with self._lock:
+            forward = self._forward(blocks[0], call, states)
+            forward.fill(call, states)
+            for block in blocks:
+                forward(block)
+            found = tuple(x.clone() for x in forward.states) if out is None else out
+            if out is not None:
+                _copy(out, forward.states)
+            if sum(x.nbytes for x in states) > KEPT_BYTES:
+                self._held.clear()
+            return found
+
+    def train(self, blocks: Sequence[nn.Module], call: Call, states: States) -> States:
+        """States after all blocks, with gradients: each block runs again in the backward pass, as under a checkpoint.
+
+        Arguments as in :meth:`infer`.
+        """
+        self.release()
+        for index, block in enumerate(blocks):
+            step = _Step(self, block, call, len(states), last=index == 0)
+            states = _Replayed.apply(step, *states, *call.masks.values(), *block.parameters())
+        self._held.clear()
+        return states
+
+    def _forward(self, block: nn.Module, call: Call, states: States) -> _Forward:
+        key = call.key(states)
+        if key not in self._held:
+            self._held.clear()
+            self._held[key] = _Forward(block, call, states)
+        return self._held[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A block of a pass with gradients; ``last`` in its backward pass."""
+
+    replay: BlockReplay
+    block: nn.Module
+    call: Call
+    states: int
+    last: bool
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[States, Call, Sequence[Tensor]]:
+        """States, call and parameters."""
+        masks = len(self.call.masks)
+        given = dict(zip(self.call.masks, tensors[self.states : self.states + masks], strict=True))
+        return tuple(tensors[: self.states]), Call(given, self.call.flags), tensors[self.states + masks :]
+
+
+class _Replayed(torch.autograd.Function):
+    """A block whose forward and backward pass are replayed."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, *tensors: Tensor) -> States:
+        states, call, _ = step.split(tensors)
+        device = states[0].device
+        forward = step.replay._forward(step.block, call, states)
+        ctx.step, ctx.noise, ctx.autocast = step, _noise(device), same_autocast(device)
+        ctx.save_for_backward(*tensors)
+        forward.fill(call, states)
+        forward(step.block)
+        return tuple(x.clone() for x in forward.states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dstates: Tensor) -> tuple[Tensor | None, ...]:
+        step: _Step = ctx.step
+        states, call, parameters = step.split(ctx.saved_tensors)
+        device, held = states[0].device, step.replay._backward
+        key = call.key(states)
+        if key not in held:
+            held.clear()
+            held[key] = _Backward(step.block, call, states, dstates, ctx.autocast)
+        now = _noise(device)
+        _set_noise(ctx.noise, device)
+        gradients = held[key](call, states, dstates, parameters)
+        _set_noise(now, device)
+        if step.last:
+            held.clear()
+        of_states, of_parameters = gradients[: step.states], gradients[step.states :]
+        return None, *of_states, *(None for _ in call.masks), *of_parameters
+
+
+def _noise(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_noise(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
