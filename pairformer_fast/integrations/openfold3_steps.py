@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps
-from pairformer_fast.model.replay import Graph, can_capture, capture, intervened, same_autocast
+from pairformer_fast.model.replay import Graph, can_capture, capture, intervened, pool, same_autocast
 
 
 class _Step(NamedTuple):
@@ -85,7 +85,7 @@ def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _St
         with same_autocast(positions.device):
             return (run(positions, level),)
 
-    graph, (result,) = capture(once, positions.device)
+    graph, (result,) = capture(once, positions.device, pool())
     return _Step(inputs, positions, level, result, graph)
 
 

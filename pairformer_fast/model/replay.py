@@ -33,18 +33,47 @@ class Graph(Protocol):
         """Do again what was captured, with what its inputs hold now."""
 
 
-def capture(run: Callable[[], Any], device: torch.device) -> tuple[Graph, Any]:
-    """CUDA graph of ``run`` and the result that replays write to; the noise to come is as if nothing had run."""
+class _CudaGraph:
+    """A CUDA graph that gives its memory back to its pool before the pool can go."""
+
+    def __init__(self, device: torch.device, pool: Any) -> None:
+        self._graph, self._device, self._pool = torch.cuda.CUDAGraph(), device, pool
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """Capture after a first run, in which kernels compile; unlike ``torch.cuda.graph``, keep cached memory."""
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            run()
+            # thread_local: autograd and the watchdog of NCCL have threads of their own.
+            self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        return result
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def __del__(self) -> None:
+        self._graph.reset()
+
+
+def pool() -> Any:
+    """Memory for graphs of which one exists at a time; None where there is no GPU."""
+    return torch.cuda.MemPool() if torch.cuda.is_available() else None
+
+
+def capture(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[Graph, Any]:
+    """CUDA graph of ``run`` in a :func:`pool`, and the result that replays write to.
+
+    Noise that is drawn later is as if nothing had run.
+    """
     noise = torch.cuda.get_rng_state(device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: autograd and the watchdog of NCCL have threads of their own.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = run()
+    graph = _CudaGraph(device, memory)
+    result = graph.capture(run)
     torch.cuda.set_rng_state(noise, device)
     return graph, result
 
@@ -120,11 +149,11 @@ def same_autocast(device: torch.device) -> AbstractContextManager:
 class _Forward:
     """Graph of a block without gradients, whose result takes the place of its states."""
 
-    def __init__(self, block: nn.Module, call: Call, states: States) -> None:
+    def __init__(self, block: nn.Module, call: Call, states: States, memory: Any) -> None:
         self.call, self.states = call.copy(), tuple(x.clone() for x in states)
         self.parameters = [x.detach().clone() for x in block.parameters()]
         self._cores = _cores(block)
-        self.graph, self._reports = capture(lambda: self._run(block), states[0].device)
+        self.graph, self._reports = capture(lambda: self._run(block), states[0].device, memory)
 
     @torch.no_grad()
     def _run(self, block: nn.Module) -> list[list[BiasReport]]:
@@ -156,12 +185,14 @@ class _Forward:
 class _Backward:
     """Graph of the gradients of a block, which runs forward again."""
 
-    def __init__(self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any) -> None:
+    def __init__(
+        self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any, memory: Any
+    ) -> None:
         self.call, self._autocast = call.copy(), autocast
         self.states = tuple(x.detach().clone().requires_grad_() for x in states)
         self.dstates = tuple(x.clone() for x in dstates)
         self.parameters = [x.detach().clone().requires_grad_() for x in block.parameters()]
-        self.graph, self.gradients = capture(lambda: self._run(block), states[0].device)
+        self.graph, self.gradients = capture(lambda: self._run(block), states[0].device, memory)
 
     def _run(self, block: nn.Module) -> tuple[Tensor | None, ...]:
         with torch.enable_grad(), self._autocast:
@@ -193,6 +224,7 @@ class BlockReplay:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.memory = pool()
         self._held: dict[Any, _Forward] = {}
         self._backward: dict[Any, _Backward] = {}
 
@@ -243,7 +275,7 @@ class BlockReplay:
         key = call.key(states)
         if key not in self._held:
             self._held.clear()
-            self._held[key] = _Forward(block, call, states)
+            self._held[key] = _Forward(block, call, states, self.memory)
         return self._held[key]
 
 
@@ -287,7 +319,7 @@ class _Replayed(torch.autograd.Function):
         key = call.key(states)
         if key not in held:
             held.clear()
-            held[key] = _Backward(step.block, call, states, dstates, ctx.autocast)
+            held[key] = _Backward(step.block, call, states, dstates, ctx.autocast, step.replay.memory)
         now = _noise(device)
         _set_noise(ctx.noise, device)
         gradients = held[key](call, states, dstates, parameters)

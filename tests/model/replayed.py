@@ -25,7 +25,7 @@ class Repeated:
                 held.copy_(new)
 
 
-def repeat(run: Callable[[], Any], device: torch.device) -> tuple[Repeated, Any]:
+def repeat(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[Repeated, Any]:
     """As :func:`pairformer_fast.model.replay.capture`, which runs twice as well."""
     noise = torch.get_rng_state()
     run()
