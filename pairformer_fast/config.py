@@ -87,6 +87,9 @@ class AttentionConfig(Frozen):
         factors (0 to 1), measured on a sample of rows, or guaranteed by tanh(eps/2) if ``certified``.
     certified : bool
         Use the hard bound of the certificate instead of the probe.
+    graphs : bool
+        Let models of other packages launch blocks by CUDA graphs where they can (OpenFold3). They hold some memory, and
+        what Python does in a block is then not done for every block.
     """
 
     backend: Backend = Backend.AUTO
@@ -94,6 +97,7 @@ class AttentionConfig(Frozen):
     rank: int | None = Field(default=None, ge=1)
     tolerance: float = Field(default=DEFAULT_TOLERANCE, gt=0, le=1)
     certified: bool = False
+    graphs: bool = True
 
     @classmethod
     def reference(cls) -> AttentionConfig:

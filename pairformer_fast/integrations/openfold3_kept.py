@@ -98,7 +98,7 @@ class Kept:
         """Keep ``value``, of ``size`` bytes, for a module, if there is room; the log says so if there is not."""
         more = size - self._sizes.get(owner, 0)
         if more > self._left:
-            self._refused.add(owner)
+            self.refuse(owner)
             logger.warning(
                 "diffusion: %s computes in every step what would take %.0f MB to keep, where %.0f MB may be taken",
                 *(type(owner).__name__, more / 1e6, self._left / 1e6),
@@ -108,6 +108,10 @@ class Kept:
         self._values[owner] = value
         self._sizes[owner] = size
         return True
+
+    def refuse(self, owner: Keeps) -> None:
+        """Let a module do all of its work in every step."""
+        self._refused.add(owner)
 
     def clear(self) -> None:
         """Forget everything."""

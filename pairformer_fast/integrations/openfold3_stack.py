@@ -8,8 +8,9 @@ has no effect on what runs here.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from openfold3.core.model.latent.pairformer import PairFormerStack
@@ -17,13 +18,18 @@ from openfold3.core.utils.checkpointing import is_deepspeed_configured
 from torch import Tensor
 
 from pairformer_fast.integrations.acceleration import Releases
-from pairformer_fast.model.replay import BlockReplay, Call, can_replay
+from pairformer_fast.model.replay import BlockReplay, Call, CaptureError, can_replay
 
 LARGEST = 1024
 """Tokens up to which blocks are replayed; with more, the GPU takes longer than the host."""
 
 _REPLAYS: WeakKeyDictionary[PairFormerStack, BlockReplay] = WeakKeyDictionary()
 """Not attributes of the stacks: models are copied and pickled, graphs cannot be."""
+
+_REFUSED: WeakSet[PairFormerStack] = WeakSet()
+"""Stacks of which a block could not be captured."""
+
+_log = logging.getLogger(__name__)
 
 
 class FastPairFormerStack(Releases, PairFormerStack):
@@ -42,20 +48,30 @@ class FastPairFormerStack(Releases, PairFormerStack):
     ) -> tuple[Tensor, Tensor]:
         """Updated ``s [*, N, C_s]`` and ``z [*, N, N, C_z]``; arguments as in the base class, chunks have no effect."""
         masks = {"single_mask": single_mask, "pair_mask": pair_mask}
-        if not self._replayed(z):
-            options = {"inplace_safe": inplace_safe, "_mask_trans": _mask_trans}
-            return super().forward(s, z, **masks, chunk_size=None, **options, **kernel_flags)
-        replay, blocks = _REPLAYS.setdefault(self, BlockReplay()), list(self.blocks)
-        trains = torch.is_grad_enabled()
-        call = Call(masks, {"inplace_safe": not trains, "_mask_trans": _mask_trans})
+        if self._can_replay(z):
+            try:
+                return self._replayed(s, z, masks, inplace_safe, _mask_trans)
+            except CaptureError as error:
+                _log.warning("blocks of a Pairformer stack run without CUDA graphs from now on: %s", error)
+                _REFUSED.add(self)
+        options = {"inplace_safe": inplace_safe, "_mask_trans": _mask_trans}
+        return super().forward(s, z, **masks, chunk_size=None, **options, **kernel_flags)
+
+    def _replayed(
+        self, s: Tensor, z: Tensor, masks: dict[str, Tensor], inplace_safe: bool, mask_trans: bool
+    ) -> tuple[Tensor, Tensor]:
+        if self not in _REPLAYS:
+            _REPLAYS[self] = BlockReplay()
+        replay, blocks, trains = _REPLAYS[self], list(self.blocks), torch.is_grad_enabled()
+        call = Call(masks, {"inplace_safe": not trains, "_mask_trans": mask_trans})
         if trains:
             s, z = replay.train(blocks, call, (s, z))
         else:
             s, z = replay.infer(blocks, call, (s, z), (s, z) if inplace_safe else None)
         return s, z
 
-    def _replayed(self, z: Tensor) -> bool:
-        if z.shape[-2] > LARGEST or len(self.blocks) < 2 or self.clear_cache_between_blocks:
+    def _can_replay(self, z: Tensor) -> bool:
+        if z.shape[-2] > LARGEST or len(self.blocks) < 2 or self.clear_cache_between_blocks or self in _REFUSED:
             return False
         if torch.is_grad_enabled():
             # Each block is its own checkpoint there, and all of its parameters get a gradient.
@@ -67,3 +83,4 @@ class FastPairFormerStack(Releases, PairFormerStack):
     def release(self) -> None:
         """Free the graphs."""
         _REPLAYS.pop(self, None)
+        _REFUSED.discard(self)

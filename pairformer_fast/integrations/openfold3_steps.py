@@ -6,6 +6,7 @@ captured on a GPU, and the others are replayed with their own noisy positions an
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ from openfold3.core.utils.atomize_utils import broadcast_token_feat_to_atoms
 from torch import Tensor
 from torch.nn import functional
 
+from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps
-from pairformer_fast.model.replay import Graph, can_capture, capture, intervened, pool, same_autocast
+from pairformer_fast.model.replay import CaptureError, Graph, can_capture, capture, intervened, pool, same_autocast
+
+_log = logging.getLogger(__name__)
 
 
 class _Step(NamedTuple):
@@ -68,9 +72,14 @@ class FastDiffusionModule(Keeps, DiffusionModule):
         inputs = Inputs(batch, shared, (use_conditioning, *sorted(options.items())))
         step: _Step | None = kept.of(self)
         if step is None:
-            if any(part is not self and intervened(part) for part in self.modules()):
+            if not self._can_replay():
                 return run(xl_noisy, t)
-            step = _captured(inputs, xl_noisy.clone(), t.clone(), run)
+            try:
+                step = _captured(inputs, xl_noisy.clone(), t.clone(), run)
+            except CaptureError as error:
+                kept.refuse(self)
+                _log.warning("diffusion: steps run without CUDA graphs: %s", error)
+                return run(xl_noisy, t)
             kept.keep(self, step, 2 * xl_noisy.nbytes)
         elif not step.inputs.same(inputs) or step.positions.shape != xl_noisy.shape or step.level.shape != t.shape:
             return run(xl_noisy, t)
@@ -78,6 +87,11 @@ class FastDiffusionModule(Keeps, DiffusionModule):
         step.level.copy_(t)
         step.graph.replay()
         return step.result.clone()
+
+    def _can_replay(self) -> bool:
+        if any(part is not self and intervened(part) for part in self.modules()):
+            return False
+        return all(core.config.graphs for core in self.modules() if isinstance(core, PairBiasAttention))
 
 
 def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _Step:

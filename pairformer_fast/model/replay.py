@@ -6,9 +6,10 @@ replay, a few microseconds of a GPU, so that a stack of any depth costs the capt
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +21,16 @@ from torch.func import functional_call
 from pairformer_fast.bias import BiasReport, PairBiasAttention
 from pairformer_fast.bias.policy import keeps_dense
 
+_log = logging.getLogger(__name__)
+
 KEPT_BYTES = 2**26
 """A graph with larger states is captured anew for every pass through a stack, not held between them."""
 
 States = tuple[Tensor, ...]
+
+
+class CaptureError(RuntimeError):
+    """Something cannot be captured here, such as for lack of memory; the cause says why."""
 
 
 class Graph(Protocol):
@@ -49,8 +56,11 @@ class _CudaGraph:
             self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
             try:
                 result = run()
-            finally:
-                self._graph.capture_end()
+            except RuntimeError as error:
+                with suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise CaptureError(f"this cannot be captured: {error}") from error
+            self._graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(side)
         return result
 
@@ -70,6 +80,11 @@ def capture(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[
     """CUDA graph of ``run`` in a :func:`pool`, and the result that replays write to.
 
     Noise that is drawn later is as if nothing had run.
+
+    Raises
+    ------
+    CaptureError
+        If ``run`` does what a graph cannot hold.
     """
     noise = torch.cuda.get_rng_state(device)
     graph = _CudaGraph(device, memory)
@@ -99,7 +114,7 @@ def _plain(module: nn.Module, x: Tensor) -> bool:
         return False
     if not isinstance(module, PairBiasAttention):
         return True
-    return not module.learned and not module.followed and keeps_dense(module.config, x)
+    return module.config.graphs and not module.learned and not module.followed and keeps_dense(module.config, x)
 
 
 @dataclass(frozen=True)
@@ -183,29 +198,38 @@ class _Forward:
 
 
 class _Backward:
-    """Graph of the gradients of a block, which runs forward again."""
+    """Gradients of a block, which runs forward again, as a graph."""
 
     def __init__(
         self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any, memory: Any
     ) -> None:
-        self.call, self._autocast = call.copy(), autocast
-        self.states = tuple(x.detach().clone().requires_grad_() for x in states)
-        self.dstates = tuple(x.clone() for x in dstates)
-        self.parameters = [x.detach().clone().requires_grad_() for x in block.parameters()]
-        self.graph, self.gradients = capture(lambda: self._run(block), states[0].device, memory)
+        self.call = call.copy()
+        self.states, self.dstates = tuple(x.clone() for x in states), tuple(x.clone() for x in dstates)
+        self.parameters = [x.detach().clone() for x in block.parameters()]
 
-    def _run(self, block: nn.Module) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad(), self._autocast:
-            new = self.call(block, self.parameters, self.states)
-        return torch.autograd.grad(new, (*self.states, *self.parameters), self.dstates, allow_unused=True)
+        def run() -> list[Tensor | None]:
+            return _gradients(block, self.call, self.states, self.dstates, self.parameters, autocast)
 
-    @torch.no_grad()
-    def __call__(self, call: Call, states: States, dstates: States, parameters: Sequence[Tensor]) -> list[Any]:
+        self.graph, self.gradients = capture(run, states[0].device, memory)
+
+    def __call__(
+        self, call: Call, states: States, dstates: States, parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
         """Gradients of the states and of the parameters."""
         _copy([*self.states, *self.call.masks.values(), *self.dstates], [*states, *call.masks.values(), *dstates])
         _copy(self.parameters, parameters)
         self.graph.replay()
         return [None if x is None else x.clone() for x in self.gradients]
+
+
+def _gradients(
+    block: nn.Module, call: Call, states: States, dstates: States, parameters: Sequence[Tensor], autocast: Any
+) -> list[Tensor | None]:
+    states = tuple(x.detach().requires_grad_() for x in states)
+    parameters = [x.detach().requires_grad_() for x in parameters]
+    with torch.enable_grad(), autocast:
+        new = call(block, parameters, states)
+    return list(torch.autograd.grad(new, (*states, *parameters), dstates, allow_unused=True))
 
 
 def _copy(held: Sequence[Tensor], given: Sequence[Tensor]) -> None:
@@ -226,12 +250,26 @@ class BlockReplay:
         self._lock = threading.Lock()
         self.memory = pool()
         self._held: dict[Any, _Forward] = {}
-        self._backward: dict[Any, _Backward] = {}
+        self._backward: dict[Any, _Backward | None] = {}
 
     def release(self) -> None:
         """Free what the graphs hold."""
         self._held.clear()
         self._backward.clear()
+
+    def backward(
+        self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any
+    ) -> _Backward | None:
+        """What gives the gradients of all blocks of this size; None where that cannot be captured."""
+        key = call.key(states)
+        if key not in self._backward:
+            self.release()
+            try:
+                self._backward[key] = _Backward(block, call, states, dstates, autocast, self.memory)
+            except CaptureError as error:
+                _log.warning("gradients of %s are computed without a CUDA graph: %s", type(block).__name__, error)
+                self._backward[key] = None
+        return self._backward[key]
 
     @torch.no_grad()
     def infer(self, blocks: Sequence[nn.Module], call: Call, states: States, out: States | None = None) -> States:
@@ -315,17 +353,17 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, *dstates: Tensor) -> tuple[Tensor | None, ...]:
         step: _Step = ctx.step
         states, call, parameters = step.split(ctx.saved_tensors)
-        device, held = states[0].device, step.replay._backward
-        key = call.key(states)
-        if key not in held:
-            held.clear()
-            held[key] = _Backward(step.block, call, states, dstates, ctx.autocast, step.replay.memory)
+        device = states[0].device
+        backward = step.replay.backward(step.block, call, states, dstates, ctx.autocast)
         now = _noise(device)
         _set_noise(ctx.noise, device)
-        gradients = held[key](call, states, dstates, parameters)
+        if backward is None:
+            gradients = _gradients(step.block, call, states, dstates, parameters, ctx.autocast)
+        else:
+            gradients = backward(call, states, dstates, parameters)
         _set_noise(now, device)
         if step.last:
-            held.clear()
+            step.replay.release()
         of_states, of_parameters = gradients[: step.states], gradients[step.states :]
         return None, *of_states, *(None for _ in call.masks), *of_parameters
 
