@@ -99,7 +99,7 @@ def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _St
         with same_autocast(positions.device):
             return (run(positions, level),)
 
-    graph, (result,) = capture(once, positions.device, pool())
+    graph, (result,) = capture(once, positions.device, pool(), known=True)
     return _Step(inputs, positions, level, result, graph)
 
 

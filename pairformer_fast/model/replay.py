@@ -46,12 +46,13 @@ class _CudaGraph:
     def __init__(self, device: torch.device, pool: Any) -> None:
         self._graph, self._device, self._pool = torch.cuda.CUDAGraph(), device, pool
 
-    def capture(self, run: Callable[[], Any]) -> Any:
-        """Capture after a first run, in which kernels compile; unlike ``torch.cuda.graph``, keep cached memory."""
+    def capture(self, run: Callable[[], Any], known: bool) -> Any:
+        """Capture, after a first run if it is not known; unlike ``torch.cuda.graph``, keep cached memory."""
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
-            run()
+            if not known:
+                run()
             # thread_local: autograd and the watchdog of NCCL have threads of their own.
             self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
             try:
@@ -76,10 +77,11 @@ def pool() -> Any:
     return torch.cuda.MemPool() if torch.cuda.is_available() else None
 
 
-def capture(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[Graph, Any]:
+def capture(run: Callable[[], Any], device: torch.device, memory: Any, known: bool) -> tuple[Graph, Any]:
     """CUDA graph of ``run`` in a :func:`pool`, and the result that replays write to.
 
-    Noise that is drawn later is as if nothing had run.
+    Noise that is drawn later is as if nothing had run. What is ``known`` has run with these shapes before, so that all
+    of its kernels are compiled; anything else runs once before.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def capture(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[
     """
     noise = torch.cuda.get_rng_state(device)
     graph = _CudaGraph(device, memory)
-    result = graph.capture(run)
+    result = graph.capture(run, known)
     torch.cuda.set_rng_state(noise, device)
     return graph, result
 
@@ -164,11 +166,11 @@ def same_autocast(device: torch.device) -> AbstractContextManager:
 class _Forward:
     """Graph of a block without gradients, whose result takes the place of its states."""
 
-    def __init__(self, block: nn.Module, call: Call, states: States, memory: Any) -> None:
+    def __init__(self, block: nn.Module, call: Call, states: States, memory: Any, known: bool) -> None:
         self.call, self.states = call.copy(), tuple(x.clone() for x in states)
         self.parameters = [x.detach().clone() for x in block.parameters()]
         self._cores = _cores(block)
-        self.graph, self._reports = capture(lambda: self._run(block), states[0].device, memory)
+        self.graph, self._reports = capture(lambda: self._run(block), states[0].device, memory, known)
 
     @torch.no_grad()
     def _run(self, block: nn.Module) -> list[list[BiasReport]]:
@@ -176,6 +178,8 @@ class _Forward:
         with same_autocast(self.states[0].device):
             new = self.call(block, self.parameters, self.states)
         for state, value in zip(self.states, new, strict=True):
+            if value.dtype != state.dtype:
+                raise CaptureError(f"a block makes {value.dtype} of {state.dtype}")
             if value.data_ptr() != state.data_ptr():
                 state.copy_(value)
         reports = [core.report[count:] for core, count in zip(self._cores, before, strict=True)]
@@ -201,7 +205,14 @@ class _Backward:
     """Gradients of a block, which runs forward again, as a graph."""
 
     def __init__(
-        self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any, memory: Any
+        self,
+        block: nn.Module,
+        call: Call,
+        states: States,
+        dstates: States,
+        autocast: Any,
+        memory: Any,
+        known: bool,
     ) -> None:
         self.call = call.copy()
         self.states, self.dstates = tuple(x.clone() for x in states), tuple(x.clone() for x in dstates)
@@ -210,7 +221,7 @@ class _Backward:
         def run() -> list[Tensor | None]:
             return _gradients(block, self.call, self.states, self.dstates, self.parameters, autocast)
 
-        self.graph, self.gradients = capture(run, states[0].device, memory)
+        self.graph, self.gradients = capture(run, states[0].device, memory, known)
 
     def __call__(
         self, call: Call, states: States, dstates: States, parameters: Sequence[Tensor]
@@ -251,6 +262,7 @@ class BlockReplay:
         self.memory = pool()
         self._held: dict[Any, _Forward] = {}
         self._backward: dict[Any, _Backward | None] = {}
+        self._known: set[Any] = set()
 
     def release(self) -> None:
         """Free what the graphs hold."""
@@ -261,11 +273,13 @@ class BlockReplay:
         self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any
     ) -> _Backward | None:
         """What gives the gradients of all blocks of this size; None where that cannot be captured."""
-        key = call.key(states)
+        key = ("backward", *call.key(states))
         if key not in self._backward:
             self.release()
             try:
-                self._backward[key] = _Backward(block, call, states, dstates, autocast, self.memory)
+                known = key in self._known
+                self._backward[key] = _Backward(block, call, states, dstates, autocast, self.memory, known)
+                self._known.add(key)
             except CaptureError as error:
                 _log.warning("gradients of %s are computed without a CUDA graph: %s", type(block).__name__, error)
                 self._backward[key] = None
@@ -313,7 +327,8 @@ class BlockReplay:
         key = call.key(states)
         if key not in self._held:
             self._held.clear()
-            self._held[key] = _Forward(block, call, states, self.memory)
+            self._held[key] = _Forward(block, call, states, self.memory, key in self._known)
+            self._known.add(key)
         return self._held[key]
 
 

@@ -25,10 +25,11 @@ class Repeated:
                 held.copy_(new)
 
 
-def repeat(run: Callable[[], Any], device: torch.device, memory: Any) -> tuple[Repeated, Any]:
-    """As :func:`pairformer_fast.model.replay.capture`, which runs twice as well."""
+def repeat(run: Callable[[], Any], device: torch.device, memory: Any, known: bool) -> tuple[Repeated, Any]:
+    """As :func:`pairformer_fast.model.replay.capture`."""
     noise = torch.get_rng_state()
-    run()
+    if not known:
+        run()
     result = run()
     torch.set_rng_state(noise)
     return Repeated(run, result), result

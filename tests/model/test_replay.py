@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from pairformer_fast.bias import collect_reports, set_attention
 from pairformer_fast.config import AttentionConfig, Backend, BiasMethod, PairformerConfig
 from pairformer_fast.model.pairformer import PairformerStack
-from pairformer_fast.model.replay import BlockReplay, Call, can_replay
+from pairformer_fast.model.replay import BlockReplay, Call, CaptureError, can_replay
 from tests.model.replayed import Repeated, repeats  # noqa: F401
 from tests.model.test_pairformer import SMALL, randomised
 
@@ -109,6 +109,15 @@ def test_gradients_are_those_of_checkpointed_blocks(device: str, dropout: float)
             close(one, other)
     assert not replay._held
     assert not replay._backward
+
+
+def test_a_block_that_changes_the_dtype_is_refused(device: str) -> None:
+    class Widening(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x.double(),)
+
+    with pytest.raises(CaptureError, match="float64 of torch.float32"):
+        BlockReplay().infer([Widening()], Call({}, {}), (torch.ones(3, device=device),))
 
 
 def test_large_states_are_not_held(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
