@@ -57,9 +57,11 @@ class _CudaGraph:
             self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
             try:
                 result = run()
-            except RuntimeError as error:
+            except BaseException as error:
                 with suppress(RuntimeError):
                     self._graph.capture_end()
+                if not isinstance(error, RuntimeError):
+                    raise
                 raise CaptureError(f"this cannot be captured: {error}") from error
             self._graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(side)
@@ -88,10 +90,17 @@ def capture(run: Callable[[], Any], device: torch.device, memory: Any, known: bo
     CaptureError
         If ``run`` does what a graph cannot hold.
     """
-    noise = torch.cuda.get_rng_state(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    noise, spare = generator.get_state(), generator.clone_state()
     graph = _CudaGraph(device, memory)
-    result = graph.capture(run, known)
-    torch.cuda.set_rng_state(noise, device)
+    try:
+        result = graph.capture(run, known)
+    except CaptureError:
+        # A capture that broke off leaves the generator's state waiting for its end.
+        generator.graphsafe_set_state(spare)
+        raise
+    generator.set_state(noise)
     return graph, result
 
 
