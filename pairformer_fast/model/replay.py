@@ -6,10 +6,11 @@ replay, a few microseconds of a GPU, so that a stack of any depth costs the capt
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,8 +59,7 @@ class _CudaGraph:
             try:
                 result = run()
             except BaseException as error:
-                with suppress(RuntimeError):
-                    self._graph.capture_end()
+                self._abandon()
                 if not isinstance(error, RuntimeError):
                     raise
                 raise CaptureError(f"this cannot be captured: {error}") from error
@@ -67,11 +67,37 @@ class _CudaGraph:
         torch.cuda.current_stream(self._device).wait_stream(side)
         return result
 
+    def _abandon(self) -> None:
+        """End a capture that broke off, and what PyTorch (2.11 to 2.13) does not end with it: its use of the pool."""
+        try:
+            self._graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool.id)
+                torch._C._cuda_releasePool(self._device.index, self._pool.id)
+            # PyTorch's pool of pinned memory goes on asking this graph whether it is captured.
+            _ABANDONED.append(self._graph)
+
     def replay(self) -> None:
         self._graph.replay()
 
     def __del__(self) -> None:
         self._graph.reset()
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from freeing pools and graphs of others, which PyTorch cannot do during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def pool() -> Any:
@@ -93,9 +119,10 @@ def capture(run: Callable[[], Any], device: torch.device, memory: Any, known: bo
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
     noise, spare = generator.get_state(), generator.clone_state()
-    graph = _CudaGraph(device, memory)
+    graph = _CudaGraph(torch.device("cuda", index), memory)
     try:
-        result = graph.capture(run, known)
+        with _no_collection():
+            result = graph.capture(run, known)
     except CaptureError:
         # A capture that broke off leaves the generator's state waiting for its end.
         generator.graphsafe_set_state(spare)

@@ -1,5 +1,7 @@
 """Blocks replayed from one graph give what they give by themselves, forward and backward."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,32 @@ def test_a_block_that_changes_the_dtype_is_refused(device: str) -> None:
 
     with pytest.raises(CaptureError, match="a block makes"):
         BlockReplay().infer([Widening()], Call({}, {}), (torch.ones(3, device=device),))
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_fails_others_succeed_and_noise_goes_on() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x + torch.rand_like(x) * x.sum().item(),)
+
+    x = torch.ones(3, device="cuda")
+    torch.manual_seed(3)
+    wanted = torch.rand(3, device="cuda")
+    torch.manual_seed(3)
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        BlockReplay().infer([Asking()], Call({}, {}), (x,))
+    assert torch.equal(torch.rand(3, device="cuda"), wanted)
+    gc.collect()
+    torch.cuda.empty_cache()
+    linear = nn.Linear(3, 3).cuda()
+    close(BlockReplay().infer([Plain(linear)], Call({}, {}), (x,))[0], linear(x))
+
+
+class Plain(nn.Sequential):
+    """A module that gives a tuple of states."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (super().forward(x),)
 
 
 def test_large_states_are_not_held(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
