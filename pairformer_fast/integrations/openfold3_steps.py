@@ -18,7 +18,15 @@ from torch.nn import functional
 
 from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps
-from pairformer_fast.model.replay import CaptureError, Graph, can_capture, capture, intervened, pool, same_autocast
+from pairformer_fast.model.replay import (
+    CaptureError,
+    Graph,
+    GraphMemory,
+    can_capture,
+    capture,
+    intervened,
+    same_autocast,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +107,7 @@ def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _St
         with same_autocast(positions.device):
             return (run(positions, level),)
 
-    graph, (result,) = capture(once, positions.device, pool(), known=True)
+    graph, (result,) = capture(once, positions.device, GraphMemory(), known=True)
     return _Step(inputs, positions, level, result, graph)
 
 

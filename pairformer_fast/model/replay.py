@@ -41,11 +41,44 @@ class Graph(Protocol):
         """Do again what was captured, with what its inputs hold now."""
 
 
-class _CudaGraph:
-    """A CUDA graph that gives its memory back to its pool before the pool can go."""
+class GraphMemory:
+    """Memory for graphs of which one exists at a time, kept between them."""
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self._graph, self._device, self._pool = torch.cuda.CUDAGraph(), device, pool
+    def __init__(self) -> None:
+        self._anchor: tuple[Any, torch.cuda.CUDAGraph] | None = None
+
+    def pool(self, device: torch.device) -> Any:
+        """Handle of the pool, to be asked for on a stream that can be captured.
+
+        PyTorch forgets a pool without graphs, so one that does next to nothing stays.
+        """
+        if self._anchor is None:
+            handle, graph, x = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph(), torch.zeros(1, device=device)
+            graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+            x.zero_()
+            graph.capture_end()
+            self._anchor = handle, graph
+        return self._anchor[0]
+
+    def abandon(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        """Use another pool from now on: PyTorch (2.11 to 2.13) goes on allocating in this one for a broken ``graph``."""
+        if self._anchor is not None:
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device.index, self._anchor[0])
+                torch._C._cuda_releasePool(device.index, self._anchor[0])
+            # Pinned memory goes on asking both whether they are captured.
+            _ABANDONED.append((graph, *self._anchor))
+            self._anchor = None
+
+
+_ABANDONED: list[Any] = []
+
+
+class _CudaGraph:
+    """A CUDA graph in memory that outlives it."""
+
+    def __init__(self, device: torch.device, memory: GraphMemory) -> None:
+        self._graph, self._device, self._memory = torch.cuda.CUDAGraph(), device, memory
 
     def capture(self, run: Callable[[], Any], known: bool) -> Any:
         """Capture, after a first run if it is not known; unlike ``torch.cuda.graph``, keep cached memory."""
@@ -55,42 +88,31 @@ class _CudaGraph:
             if not known:
                 run()
             # thread_local: autograd and the watchdog of NCCL have threads of their own.
-            self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            self._graph.capture_begin(pool=self._memory.pool(self._device), capture_error_mode="thread_local")
             try:
                 result = run()
+                self._graph.capture_end()
             except BaseException as error:
                 self._abandon()
                 if not isinstance(error, RuntimeError):
                     raise
                 raise CaptureError(f"this cannot be captured: {error}") from error
-            self._graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(side)
         return result
 
     def _abandon(self) -> None:
-        """End a capture that broke off, and what PyTorch (2.11 to 2.13) does not end with it: its use of the pool."""
         try:
             self._graph.capture_end()
         except RuntimeError:
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool.id)
-                torch._C._cuda_releasePool(self._device.index, self._pool.id)
-            # PyTorch's pool of pinned memory goes on asking this graph whether it is captured.
-            _ABANDONED.append(self._graph)
+            self._memory.abandon(self._graph, self._device)
 
     def replay(self) -> None:
         self._graph.replay()
 
-    def __del__(self) -> None:
-        self._graph.reset()
-
-
-_ABANDONED: list[torch.cuda.CUDAGraph] = []
-
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep Python from freeing pools and graphs of others, which PyTorch cannot do during a capture."""
+    """Keep Python from freeing graphs of others, which a capture would not survive."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -100,13 +122,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def pool() -> Any:
-    """Memory for graphs of which one exists at a time; None where there is no GPU."""
-    return torch.cuda.MemPool() if torch.cuda.is_available() else None
-
-
-def capture(run: Callable[[], Any], device: torch.device, memory: Any, known: bool) -> tuple[Graph, Any]:
-    """CUDA graph of ``run`` in a :func:`pool`, and the result that replays write to.
+def capture(run: Callable[[], Any], device: torch.device, memory: GraphMemory, known: bool) -> tuple[Graph, Any]:
+    """CUDA graph of ``run``, and the result that replays write to.
 
     Noise that is drawn later is as if nothing had run. What is ``known`` has run with these shapes before, so that all
     of its kernels are compiled; anything else runs once before.
@@ -202,7 +219,7 @@ def same_autocast(device: torch.device) -> AbstractContextManager:
 class _Forward:
     """Graph of a block without gradients, whose result takes the place of its states."""
 
-    def __init__(self, block: nn.Module, call: Call, states: States, memory: Any, known: bool) -> None:
+    def __init__(self, block: nn.Module, call: Call, states: States, memory: GraphMemory, known: bool) -> None:
         self.call, self.states = call.copy(), tuple(x.clone() for x in states)
         self.parameters = [x.detach().clone() for x in block.parameters()]
         self._cores = _cores(block)
@@ -247,7 +264,7 @@ class _Backward:
         states: States,
         dstates: States,
         autocast: Any,
-        memory: Any,
+        memory: GraphMemory,
         known: bool,
     ) -> None:
         self.call = call.copy()
@@ -295,7 +312,7 @@ class BlockReplay:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.memory = pool()
+        self.memory = GraphMemory()
         self._held: dict[Any, _Forward] = {}
         self._backward: dict[Any, _Backward | None] = {}
         self._known: set[Any] = set()
