@@ -40,7 +40,7 @@ class ExactBlock:
         z = self.triangle_attention(z, "pair_stack.tri_att_start", ending=False)
         z = self.triangle_attention(z, "pair_stack.tri_att_end", ending=True)
         z = self.transition(z, "pair_stack.pair_transition")
-        s = s + self._single_attention(s, z)
+        s = s + self.single_attention(s, z)
         return s + self._transition(s, "single_transition"), z
 
     def triangle_multiplication(self, z: Tensor, name: str, *, incoming: bool) -> Tensor:
@@ -88,7 +88,8 @@ class ExactBlock:
         """``z`` and its update (Algorithm 11)."""
         return self._updated(z, lambda rows: self._transition(rows, name))
 
-    def _single_attention(self, s: Tensor, z: Tensor) -> Tensor:
+    def single_attention(self, s: Tensor, z: Tensor) -> Tensor:
+        """Update of ``s`` (Algorithm 24 without conditioning)."""
         name = "attn_pair_bias"
         bias = self._bias(z, f"{name}.layer_norm_z", f"{name}.linear_z")
         x = self._norm(s, f"{name}.layer_norm_a")

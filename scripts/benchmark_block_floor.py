@@ -65,6 +65,7 @@ def works(case: Case) -> dict[str, Work]:
         "triangle_multiplication": found["triangle multiplication, outgoing"],
         "triangle_attention": found["triangle attention, starting"],
         "transition": found["pair transition"],
+        "attention_pair_bias": found["attention with pair bias"],
         "layer_norm_linear": Work(
             z * (1 + (3 * wide + config.no_heads_pair) / c), 2 * n**2 * c * (3 * wide + config.no_heads_pair)
         ),

@@ -18,7 +18,13 @@ from benchmark_block_implementations import (
     our_dense,
     their_block,
 )
-from benchmark_block_problem import TRANSITION, TRIANGLE_ATTENTION, TRIANGLE_MULTIPLICATION, Problem
+from benchmark_block_problem import (
+    ATTENTION_PAIR_BIAS,
+    TRANSITION,
+    TRIANGLE_ATTENTION,
+    TRIANGLE_MULTIPLICATION,
+    Problem,
+)
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
@@ -46,6 +52,12 @@ def implementations() -> Iterator[Implementation]:
     yield Implementation(
         "cuEquivariance", _cuequivariance, "triangle_multiplication", distributions=("cuequivariance-torch",)
     )
+    for name, prepare, distributions in (
+        ("pairformer_fast", _our_single_attention, ()),
+        ("OpenFold3 eager", _their_single_attention, OPENFOLD3),
+        ("cuEquivariance", _cuequivariance_single_attention, ("cuequivariance-torch",)),
+    ):
+        yield Implementation(name, prepare, "attention_pair_bias", distributions=distributions)
     for op, prepare in (("layer_norm_linear", _projections), ("gated_output", _output)):
         yield Implementation("pairformer_fast", partial(prepare, plain=False), op)
         yield Implementation("PyTorch eager", partial(prepare, plain=True), op)
@@ -81,6 +93,36 @@ def _cuequivariance(problem: Problem) -> Prepared:
     mask = problem.pair_mask.to(problem.case.dtype)
     options = {"direction": "outgoing", "mask": mask, "eps": module.layer_norm_in.eps}
     return Prepared(problem, module, lambda _, z: {"update": multiply(z, **weights, **options)})
+
+
+def _our_single_attention(problem: Problem) -> Prepared:
+    module = our_block(problem, our_dense()).get_submodule(ATTENTION_PAIR_BIAS)
+    return Prepared(problem, module, lambda s, z: {"s": module(s, z, problem.mask)})
+
+
+def _their_single_attention(problem: Problem) -> Prepared:
+    """With the options that OpenFold3's block gives it."""
+    module = their_block(problem).get_submodule(ATTENTION_PAIR_BIAS)
+    mask = problem.mask.to(problem.case.dtype)
+    options = {"mask": mask, "use_high_precision_attention": True}
+    return Prepared(problem, module, lambda s, z: {"single_update": module(a=s, z=z, **options)})
+
+
+def _cuequivariance_single_attention(problem: Problem) -> Prepared:
+    attend = import_module("cuequivariance_torch").attention_pair_bias
+    module = our_block(problem, our_dense()).get_submodule(ATTENTION_PAIR_BIAS)
+    weights = {f"w_proj_{part}": module.mha.get_submodule(f"linear_{part}").weight for part in "qkvgo"}
+    weights |= {"b_proj_q": module.mha.linear_q.bias, "w_proj_z": module.linear_z.weight}
+    for part in "az":
+        norm = module.get_submodule(f"layer_norm_{part}")
+        weights |= {f"w_ln_{part}": norm.weight, f"b_ln_{part}": norm.bias}
+    options = {"mask": problem.mask.to(problem.case.dtype), "num_heads": problem.case.config.no_heads_pair_bias}
+
+    def forward(s: Tensor, z: Tensor) -> dict[str, Tensor]:
+        found = attend(s, z, **options, **weights)
+        return {"single_update": found[0] if isinstance(found, tuple) else found}
+
+    return Prepared(problem, module, forward)
 
 
 def _projections(problem: Problem, plain: bool) -> Prepared:

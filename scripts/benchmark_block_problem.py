@@ -15,7 +15,7 @@ from pairformer_fast.model.pairformer import PairformerBlock
 
 PRODUCTION = PairformerConfig(no_blocks=1)
 TRIANGLE_MULTIPLICATION, TRANSITION = "pair_stack.tri_mul_out", "pair_stack.pair_transition"
-TRIANGLE_ATTENTION = "pair_stack.tri_att_start"
+TRIANGLE_ATTENTION, ATTENTION_PAIR_BIAS = "pair_stack.tri_att_start", "attn_pair_bias"
 """Modules of a block that are also measured alone."""
 BIAS_STD = 2.0
 PAIR_RANK = 4
@@ -28,7 +28,9 @@ LEAST_NORM = 0.01
 """Least norm, as a part of the median over the parameters, that errors of a parameter's gradient are divided by."""
 
 Result = dict[str, Tensor]
-"""Updated ``s`` and ``z`` (of a peer's operation alone: ``update``), and gradients: ``d`` and the name of what of."""
+"""Updated ``s`` and ``z`` (of a peer's operation alone: ``single_update`` or ``update``), and gradients: ``d`` and the
+name of what of."""
+UPDATES = ("s", "z", "single_update", "update", "projected", "bias")
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,7 @@ class Problem:
         ``parameters`` is that of all parameters' gradients in one vector, ``worst parameter`` the largest of any.
         """
         bases = dict(zip("sz", self._pristine, strict=True))
-        compared: list[str] = [
-            name
-            for name in ("s", "z", "update", "projected", "bias", "ds", "dz")
-            if name in self.expected.keys() & result
-        ]
+        compared = [name for name in (*UPDATES, "ds", "dz") if name in self.expected.keys() & result]
         found = {name: error(result[name], self.expected[name], bases.get(name)) for name in compared}
         parameters = {
             name: value for name, value in self.expected.items() if name.startswith("d") and name not in compared
@@ -166,6 +164,9 @@ class Problem:
         with torch.set_grad_enabled(case.backward):
             if case.op == "layer_norm_linear":
                 return block.attention_inputs(z, TRIANGLE_ATTENTION)
+            if case.op == "attention_pair_bias":
+                update = block.single_attention(s, z)
+                return {"s": s + update, "single_update": update}
             if case.op in ALONE:
                 out = ALONE[case.op](block, z, self)
                 return {"z": out, "update": out - self._pristine[1]}

@@ -19,7 +19,14 @@ def cases() -> Iterator[Case]:
     for n in (384, 640):
         yield Case("training", "fwdbwd", n, dtype=torch.float32)
     yield Case("forward", "fwd", 2048)
-    for op in ("triangle_multiplication", "triangle_attention", "layer_norm_linear", "gated_output", "transition"):
+    for op in (
+        "triangle_multiplication",
+        "triangle_attention",
+        "layer_norm_linear",
+        "gated_output",
+        "transition",
+        "attention_pair_bias",
+    ):
         for n in (768, 1024):
             yield Case("operations", "fwd", n, op=op)
     yield Case("long", "fwd", 4096, peers=False)

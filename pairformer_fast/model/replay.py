@@ -61,7 +61,7 @@ class GraphMemory:
         return self._anchor[0]
 
     def abandon(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-        """Use another pool from now on: PyTorch (2.11 to 2.13) goes on allocating in this one for a broken ``graph``."""
+        """Use another pool from now on: PyTorch (2.11 to 2.13) allocates on in this one for a broken ``graph``."""
         if self._anchor is not None:
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(device.index, self._anchor[0])
