@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 from openfold3.core.runners.writer import OF3OutputWriter
+from openfold3.entry_points import experiment_runner
+from openfold3.entry_points.experiment_runner import InferenceExperimentRunner
 from openfold3.projects.of3_all_atom.config.inference_query_format import InferenceQuerySet
 from openfold3.projects.of3_all_atom.config.model_config import model_config
 from openfold3.projects.of3_all_atom.model import OpenFold3
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 FLAG, OPTIONS, FACTORS = "use_flashbias", "flashbias", "factors"
 DEFAULTS = {"train": AttentionConfig(bias=BiasMethod.DENSE), "eval": AttentionConfig()}
 
+_LONGEST = 500
+"""Characters of a reason: OpenFold3 names every parameter that a checkpoint lacks."""
 _FAILURE = re.compile(r"(?:Failed to process|query_id\(s\)) (\S+?)(?: with|[:.] )")
 
 
@@ -59,12 +63,18 @@ def run(arguments: Sequence[str]) -> dict[str, Exception]:
     Raises
     ------
     InputError
-        If the runner YAML or the query JSON has settings that are unknown, missing or wrong, or factor networks do not
-        fit the checkpoint.
+        If the runner YAML or the query JSON has settings that are unknown, missing or wrong, the checkpoint cannot be
+        read or does not fit the model, or factor networks do not fit the checkpoint.
     SystemExit
         With the status of ``run_openfold`` where that is not 0.
     """
-    with flashbias_flag(), _known_settings(), logged_failures() as reasons, _failed_queries() as failed:
+    with (
+        flashbias_flag(),
+        _known_settings(),
+        _usable_checkpoints(),
+        logged_failures() as reasons,
+        _failed_queries() as failed,
+    ):
         try:
             cli.main(args=list(arguments), prog_name="pairformer-fast openfold3")
         except SystemExit as done:
@@ -230,8 +240,8 @@ class Switch:
 
 
 def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, Path | None]:
-    """What attention is to be, None for the host's own, and the side file that is named."""
-    if not memory[mode].get(FLAG):
+    """What attention is to be, None for the host's own, and the side file that is named; checked in either case."""
+    if OPTIONS not in memory[mode]:
         return None, None
     options = memory[mode][OPTIONS].to_dict()
     file = options.pop(FACTORS, None)
@@ -239,6 +249,8 @@ def _attention_config(memory: Any, mode: str) -> tuple[AttentionConfig | None, P
     config = read_config(options, where)
     if file is not None and config.bias is not BiasMethod.LEARNED:
         raise InputError(f"{where}: {FACTORS} is for bias 'learned', not '{config.bias}'")
+    if not memory[mode].get(FLAG):
+        return None, None
     return config, None if file is None else Path(file)
 
 
@@ -260,6 +272,33 @@ def _known_settings() -> Iterator[None]:
         yield
     finally:
         OF3ProjectEntry.get_model_config_with_update = update
+
+
+@contextmanager
+def _usable_checkpoints() -> Iterator[None]:
+    """Within this context a checkpoint that OpenFold3 cannot read or take is an error that names its file."""
+    load, take = experiment_runner.load_checkpoint, InferenceExperimentRunner._load_state_dict_with_version_validation
+
+    def load_readable(path: Path) -> dict:
+        try:
+            return load(path)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"checkpoint {path} cannot be read, is it complete? ({reason})") from error
+
+    def take_fitting(self: Any, state_dict: dict[str, Any]) -> None:
+        try:
+            take(self, state_dict)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"checkpoint {self.ckpt_path} does not fit the model: {error}"[:_LONGEST]) from error
+
+    experiment_runner.load_checkpoint = load_readable
+    InferenceExperimentRunner._load_state_dict_with_version_validation = take_fitting
+    try:
+        yield
+    finally:
+        experiment_runner.load_checkpoint = load
+        InferenceExperimentRunner._load_state_dict_with_version_validation = take
 
 
 def _wrong_setting(given: Mapping[str, Any], config: Any, path: str) -> str | None:

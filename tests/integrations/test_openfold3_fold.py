@@ -177,7 +177,7 @@ def test_a_checkpoint_that_does_not_fit(fold, tmp_path):
     status, stderr = fold(f">a\n{ONE}\n", checkpoint=tmp_path / "other.pt")
     assert status == 2
     last = stderr.splitlines()[-1]
-    assert "refuses the checkpoint or the runner YAML" in last
+    assert f"checkpoint {tmp_path / 'other.pt'} does not fit the model: " in last
     assert "keys do not match" in last
     assert len(last) < 600
     assert not (tmp_path / "out").exists()

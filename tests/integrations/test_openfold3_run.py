@@ -197,7 +197,7 @@ def job(tmp_path_factory, weights) -> Path:
 def predict(job, tmp_path, monkeypatch, capsys):
     """Run ``pairformer-fast openfold3 predict``: exit status, structure, stderr."""
 
-    def _predict(name: str, **flags):
+    def _predict(name: str, folder: Path = job, **flags):
         custom = copy.deepcopy(SMALL)
         custom["settings"]["memory"]["eval"].update(flags)
         runner = {
@@ -208,8 +208,8 @@ def predict(job, tmp_path, monkeypatch, capsys):
         }
         (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(runner))
         arguments = {
-            "--query-json": job / "query.json",
-            "--inference-ckpt-path": job / "weights.pt",
+            "--query-json": folder / "query.json",
+            "--inference-ckpt-path": folder / "weights.pt",
             "--runner-yaml": tmp_path / f"{name}.yml",
             "--output-dir": tmp_path / name,
         }
@@ -254,6 +254,7 @@ def test_prediction_with_learned_factors(predict, tmp_path):
     ("flags", "message"),
     [
         ({"use_flashbias": True, "flashbias": {"bias": "svd", "rank": 0}}, "eval.flashbias of the runner YAML: rank: "),
+        ({"use_flashbias": False, "flashbias": {"rank": 0}}, "eval.flashbias of the runner YAML: rank: "),
         ({"use_flashbais": True}, "no custom.settings.memory.eval.use_flashbais; did you mean use_flashbias?"),
         ({"use_flashbias": "on"}, "Could not override field 'use_flashbias'"),
         (
@@ -272,6 +273,22 @@ def test_wrong_settings_are_one_line(predict, flags, message):
     assert message in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert not structure.exists()
+
+
+def test_a_checkpoint_that_will_not_do_is_one_line(predict, job):
+    whole = job / "weights.pt"
+    renamed = {"input_embedder.nothing": torch.zeros(1)}
+    for name, spoil, message in (
+        ("cut", lambda file: file.write_bytes(whole.read_bytes()[:-1000]), "cannot be read, is it complete?"),
+        ("other", lambda file: torch.save(renamed, file), "does not fit the model: "),
+    ):
+        (job / name).mkdir()
+        (job / name / "query.json").write_bytes((job / "query.json").read_bytes())
+        spoil(job / name / "weights.pt")
+        status, structure, stderr = predict(name, folder=job / name)
+        assert status == 2
+        assert f"checkpoint {job / name / 'weights.pt'} {message}" in stderr.splitlines()[-1]
+        assert not structure.exists()
 
 
 @pytest.mark.parametrize(
