@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
 from pairformer_fast.bias.svd import decompose, refuse_gradient
+from pairformer_fast.kernels.low_rank import balanced, centred, inverse_cholesky
+from pairformer_fast.kernels.low_rank.reference import project
 from pairformer_fast.kernels.weight_gradient import product_fp32
 
 LARGEST_SHARE = 0.25
@@ -92,21 +94,15 @@ def _factors(bias: Tensor, mask: Tensor | None, rank: int, seed: int, start: Ten
         spectrum, width = decompose(bias, mask), min(rank, tokens)
         return RandomisedFactors(*spectrum.truncate(width), spectrum.rank.clamp(max=width))
 
-    centred = _Centred.of(bias, mask)
+    products = _Centred.of(bias, mask)
     saved = start is not None and start.shape[-1] >= rank
-    basis = centred.times(_sketch(centred, rank, seed, start))
+    basis = products.times(_sketch(products, rank, seed, start))
     for _ in range(_iterations(rank) - saved):
-        basis = orthogonalised(centred.times(centred.transposed_times(basis)))
-    projected = centred.transposed_times(basis)
-    if centred.padding is not None:
-        basis, projected = (x.masked_fill(centred.padding, 0) for x in (basis, projected))
-
-    length = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
-    floor = 4 * torch.finfo(projected.dtype).eps  # entries of the bias are at most 1 / N by now
-    used, root, half = length > floor, length.clamp(min=floor).sqrt(), centred.unit.rsqrt()
-    factors = centred.scaled(basis, root * half * used), centred.scaled(projected, half / root)
-    phi_q, phi_k = (x.to(bias.dtype).unflatten(0, bias.shape[:2]) for x in factors)
-    return RandomisedFactors(phi_q, phi_k, used.sum((-2, -1)).view(bias.shape[:2]))
+        basis = orthogonalised(products.times_centred(products.transposed_times(basis)))
+    projected = products.transposed_times(basis)
+    phi_q, phi_k, used = balanced(basis, projected, products.padding, products.kept, products.unit, bias.dtype)
+    phi_q, phi_k = (x.unflatten(0, bias.shape[:2]) for x in (phi_q, phi_k))
+    return RandomisedFactors(phi_q, phi_k, used.sum(-1).view(bias.shape[:2]))
 
 
 class _Centred(NamedTuple):
@@ -160,13 +156,13 @@ class _Centred(NamedTuple):
         """A X at the size of ``unit``, for centred columns X."""
         return product_fp32(self.table, self.scaled(thin, self.unit))
 
-    def transposed_times(self, thin: Tensor) -> Tensor:
-        """P A^T X at the size of ``unit``; rows of padding hold anything."""
-        return self.project(product_fp32(self.table.mT, self.scaled(thin, self.unit)))
+    def times_centred(self, thin: Tensor) -> Tensor:
+        """A P X at the size of ``unit``."""
+        return product_fp32(self.table, centred(thin, self.kept, self.unit, self.table.dtype))
 
-    def project(self, thin: Tensor) -> Tensor:
-        """P X of columns that are zero in padding, where the result holds anything."""
-        return thin - (thin.mean(-2, keepdim=True) if self.kept is None else thin.sum(-2, keepdim=True) / self.kept)
+    def transposed_times(self, thin: Tensor) -> Tensor:
+        """A^T X at the size of ``unit``."""
+        return product_fp32(self.table.mT, self.scaled(thin, self.unit))
 
 
 def _iterations(rank: int) -> int:
@@ -213,31 +209,21 @@ def orthogonalised(columns: Tensor) -> Tensor:
     if columns.dtype == torch.float64:
         return torch.linalg.qr(columns).Q
     wide = columns.double()
-    scaling, smallest, identity = _raised(columns.shape[-1], (4 * torch.finfo(columns.dtype).eps) ** 2, columns.device)
-    factor, _ = torch.linalg.cholesky_ex(torch.addcmul(smallest, wide.mT @ wide, scaling))
-    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    return wide @ inverse.mT
+    return wide @ inverse_cholesky(wide.mT @ wide, (4 * torch.finfo(columns.dtype).eps) ** 2).mT
 
 
-@lru_cache(maxsize=8)
-def _raised(columns: int, rounding: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """What a Gram matrix is multiplied by and what is added, so that it is positive definite; the identity."""
-    identity = torch.eye(columns, dtype=torch.float64, device=device)
-    return 1 + rounding * identity, torch.finfo(torch.float64).tiny * identity, identity
-
-
-def _sketch(centred: _Centred, rank: int, seed: int, start: Tensor | None) -> Tensor:
+def _sketch(products: _Centred, rank: int, seed: int, start: Tensor | None) -> Tensor:
     """Centred random columns ``[N, R]``, or ``[B H, N, R]``, a warm start in place of the first unless zero or NaN."""
-    tokens, dtype = centred.table.shape[-1], centred.unit.dtype
-    random = _random(tokens, rank, seed, dtype, centred.table.device)
+    tokens, dtype = products.table.shape[-1], products.unit.dtype
+    random = _random(tokens, rank, seed, dtype, products.table.device)
     if start is not None:
         warm = start[..., :rank].to(dtype).flatten(0, 1)
         length = torch.linalg.vector_norm(warm, dim=-2, keepdim=True)
         usable = (length > 0) & length.isfinite()
         warm = torch.where(usable, warm * (tokens**0.5 / length), random[:, : warm.shape[-1]])
         random = torch.cat([warm, random[:, warm.shape[-1] :].expand(len(warm), -1, -1)], dim=-1)
-    if centred.padding is not None:
-        random = centred.project(random.masked_fill(centred.padding, 0))
+    if products.padding is not None:
+        random = project(random.masked_fill(products.padding, 0), products.kept)
     return random
 
 
