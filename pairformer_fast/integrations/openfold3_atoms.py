@@ -15,16 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pairformer_fast.config import Backend
-from pairformer_fast.integrations.openfold3_blocks import (
-    Condition,
-    Conditioning,
-    Packed,
-    Transition,
-    adapted,
-    nbytes,
-    normalised,
-    updated,
-)
+from pairformer_fast.integrations.openfold3_blocks import Condition, adapted, normalised, updated, with_transition
 from pairformer_fast.integrations.openfold3_kept import Keeps
 from pairformer_fast.kernels.flash_bias import chosen_backend, flash_bias_attention
 
@@ -101,34 +92,31 @@ class _Windows:
 
 
 class _AtomBlock:
-    """Weights of a block, packed, its condition, and its pair bias ``[B, blocks, H, queries, keys]``."""
+    """A block of OpenFold3, its condition, and its pair bias ``[B, blocks, H, queries, keys]``."""
 
     def __init__(self, block: Any, condition: Condition, normed: Tensor, windows: _Windows, dtype: torch.dtype) -> None:
-        attention, mha = block.attention_pair_bias, block.attention_pair_bias.mha
-        self._heads, self._dtype, self._condition = mha.no_heads, dtype, condition
-        self._queries, self._keys = Packed.of(mha.linear_q, mha.linear_g), Packed.of(mha.linear_k, mha.linear_v)
-        self._out, self._transition = Packed.of(mha.linear_o), Transition(block.conditioned_transition)
-        bias = attention.linear_z(normed).squeeze(1).movedim(-1, 2)
+        self._mha, self._transition = block.attention_pair_bias.mha, block.conditioned_transition
+        self._dtype, self._condition = dtype, condition
+        bias = block.attention_pair_bias.linear_z(normed).squeeze(1).movedim(-1, 2)
         self._bias = (bias + windows.dropped).to(dtype).contiguous()
         of_condition = (*condition.scales, *condition.shifts, condition.attention_gate, condition.transition_gate)
         self.nbytes = sum(x.nbytes for x in (self._bias, *of_condition))
-        self.nbytes += nbytes(self._queries, self._keys, self._transition.wide)
 
     def __call__(self, a: Tensor, windows: _Windows) -> Tensor:
         """Updated ``a [B, S, N, C]``."""
-        y = normalised(a)
-        q, gate = self._split(windows.of_queries(self._queries(adapted(y, self._condition, 0))))
-        k, v = self._split(windows.of_keys(self._keys(adapted(y, self._condition, 1))))
+        y, mha = normalised(a), self._mha
+        queries, keys = adapted(y, self._condition, 0), adapted(y, self._condition, 1)
+        q, gate = (self._heads(windows.of_queries(layer(queries))) for layer in (mha.linear_q, mha.linear_g))
+        k, v = (self._heads(windows.of_keys(layer(keys))) for layer in (mha.linear_k, mha.linear_v))
         backend = chosen_backend(Backend.AUTO, q)
         # Elsewhere, one small product for all windows is faster than one call of PyTorch's attention for each.
         backend = backend if backend is Backend.TRITON else Backend.REFERENCE
         attended = flash_bias_attention(q, k, v, self._bias, None, backend, gate=gate)
-        a = updated(a, self._condition.attention_gate, self._out(windows.by_atom(attended.flatten(-2)).to(a.dtype)))
-        return self._transition(a, self._condition)
+        update = mha.linear_o(windows.by_atom(attended.flatten(-2)).to(a.dtype))
+        return with_transition(updated(a, self._condition.attention_gate, update), self._transition, self._condition)
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = projected.to(self._dtype).unflatten(-1, (2, self._heads, -1)).unbind(-3)
-        return first, second
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.to(self._dtype).unflatten(-1, (self._mha.no_heads, -1))
 
 
 class _AtomBlocks:
@@ -145,20 +133,10 @@ class _AtomBlocks:
         dtype: torch.dtype,
     ) -> None:
         blocks: list[Any] = list(transformer.blocks)
-        conditions = Conditioning(
-            [
-                (
-                    block.attention_pair_bias.layer_norm_a_q,
-                    block.attention_pair_bias.layer_norm_a_k,
-                    block.conditioned_transition.layer_norm,
-                )
-                for block in blocks
-            ],
-            [(block.attention_pair_bias.linear_ada_out, block.conditioned_transition.linear_g) for block in blocks],
-        )(s, updated_atoms)
         self.windows = _Windows(a, mask, blocks[0].attention_pair_bias)
-        self.blocks = [
-            _AtomBlock(block, condition, normed, self.windows, dtype)
-            for block, condition in zip(blocks, conditions, strict=True)
-        ]
+        self.blocks = []
+        for block in blocks:
+            norms = block.attention_pair_bias.layer_norm_a_q, block.attention_pair_bias.layer_norm_a_k
+            condition = Condition.of(block, norms, s, updated_atoms)
+            self.blocks.append(_AtomBlock(block, condition, normed, self.windows, dtype))
         self.nbytes = self.windows.nbytes + sum(block.nbytes for block in self.blocks)

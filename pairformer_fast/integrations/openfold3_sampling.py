@@ -2,17 +2,16 @@
 
 Only the noisy positions and the noise level change over the steps of one run of ``SampleDiffusion``. The conditioned
 pair representation, the biases of all attentions made of it, and the conditioning of the atoms do not: they are kept
-while the sampler runs, within half of the free memory (the log says what did not fit), and freed when it returns. So
-are weights that are multiplied together, such as those of q, k, v and gate.
+while the sampler runs, within half of the free memory (the log says what did not fit), and freed when it returns.
 
-Without a sampler around them, or with gradients, the modules here compute what OpenFold3's do, by its code. Hooks on
-the parts of the transformers are not called within a sampler, and what a hook on the conditioning makes of the pair
-representation counts in the first step alone.
+Without a sampler around them, or with gradients, the modules here compute what OpenFold3's do, by its code. Within a
+sampler, hooks on the blocks of the transformers and on attention, norms and transitions in them are not called, and
+what a hook on the conditioning makes of the pair representation counts in the first step alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,18 +29,15 @@ from openfold3.core.model.primitives.attention import Attention
 from openfold3.core.model.structure.diffusion_module import DiffusionModule, SampleDiffusion
 from torch import Tensor, nn
 
-from pairformer_fast.bias import PairBiasAttention
 from pairformer_fast.integrations.acceleration import NewClass, foreign_part
 from pairformer_fast.integrations.openfold3_atoms import FastAtomTransformer
 from pairformer_fast.integrations.openfold3_blocks import (
     EPS,
-    Conditioning,
-    Packed,
-    Transition,
+    Condition,
     adapted,
-    nbytes,
     normalised,
     updated,
+    with_transition,
 )
 from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps, Kept
 from pairformer_fast.integrations.openfold3_steps import FastAtomAttentionDecoder, FastDiffusionModule
@@ -142,45 +138,47 @@ class FastDiffusionTransformer(Keeps, DiffusionTransformer):
     ) -> Tensor:
         """Updated ``a [B, samples, N, C]``; arguments as in the base class, ``z`` unused once all biases are kept."""
         kept = self.kept
-        state: _TokenBlocks | None = None if kept is None else kept.of(self)
-        if kept is not None and state is None and kept.has_room(self) and _shared(a, z):
-            state = _TokenBlocks(self)
-            state = state if kept.keep(self, state, state.nbytes) else None
+        state: _Attention | None = None if kept is None else kept.of(self)
+        if kept is not None and state is None and _shared(a, z):
+            state = _Attention(len(self.blocks))
+            kept.keep(self, state, 0)
         if kept is None or state is None:
             options = {"use_high_precision_attention": use_high_precision_attention, "_mask_trans": _mask_trans}
             return super().forward(a=a, s=s, z=z, mask=mask, **options, **kernel_flags)
         biases, keep = state.biases, state.keep(mask, a)
         normed = None if all(bias is not None for bias in biases) else self.layer_norm_z(z).squeeze(1)
-        conditions = state.conditioning(s, mask if _mask_trans else None)
-        for index, (block, condition) in enumerate(zip(state.blocks, conditions, strict=True)):
-            q, k, v, gate = block.heads(adapted(normalised(a), condition, 0), use_high_precision_attention)
+        blocks: list[Any] = list(self.blocks)
+        for index, block in enumerate(blocks):
+            attention, mha = block.attention_pair_bias, block.attention_pair_bias.mha
+            condition = Condition.of(block, [attention.layer_norm_a], s, mask if _mask_trans else None)
+            q, k, v, gate = _heads(mha, adapted(normalised(a), condition, 0), use_high_precision_attention)
             bias = biases[index]
             if bias is None:
                 assert normed is not None
-                bias = self._bias(block, normed, q, k, keep, state, kept, index)
-            attended = flash_bias_attention(q, k, v, bias, keep, block.core.config.backend, gate=gate)
-            a = updated(a, condition.attention_gate, block.out(attended.flatten(-2).to(a.dtype)))
-            a = block.transition(a, condition)
+                bias = self._bias(attention, normed, q, k, keep, state, kept, index)
+            attended = flash_bias_attention(q, k, v, bias, keep, mha.core.config.backend, gate=gate)
+            a = updated(a, condition.attention_gate, mha.linear_o(attended.flatten(-2).to(a.dtype)))
+            a = with_transition(a, block.conditioned_transition, condition)
         if all(bias is not None for bias in biases):
             kept.readers.discard(self)
         return a
 
     def _bias(
         self,
-        block: _TokenBlock,
+        attention: Any,
         normed: Tensor,
         q: Tensor,
         k: Tensor,
         keep: Tensor | None,
-        state: _TokenBlocks,
+        state: _Attention,
         kept: Kept,
         index: int,
     ) -> Tensor | Factors:
         """What attention of a block takes as its bias, kept if there is room for it."""
-        dense = block.linear_z(normed).movedim(-1, 1).to(q.dtype).contiguous()
+        dense = attention.linear_z(normed).movedim(-1, 1).to(q.dtype).contiguous()
         if index in state.dense:
             return dense
-        decided = block.core.decide(q, k, dense, keep)
+        decided = attention.mha.core.decide(q, k, dense, keep)
         parts = [decided] if isinstance(decided, Tensor) else [decided.phi_q, decided.phi_k, decided.table]
         size = state.nbytes + sum(part.nbytes for part in parts if part is not None)
         if kept.has_room(self) and kept.keep(self, state, size):
@@ -195,51 +193,31 @@ def _shared(a: Tensor, z: Tensor) -> bool:
     return a.ndim == 4 and z.ndim == 5 and z.shape[:2] == (len(a), 1)
 
 
-class _TokenBlock:
-    """Weights of a block, packed, and its core."""
-
-    def __init__(self, block: Any) -> None:
-        mha = block.attention_pair_bias.mha
-        self.core: PairBiasAttention = mha.core
-        self.linear_z = block.attention_pair_bias.linear_z
-        self._heads = mha.no_heads
-        self._projections = Packed.of(mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
-        self.out = Packed.of(mha.linear_o)
-        self.transition = Transition(block.conditioned_transition)
-        self.nbytes = nbytes(self._projections, self.transition.wide)
-
-    def heads(self, y: Tensor, high_precision: bool) -> Sequence[Tensor]:
-        """q (not scaled), k, v and gate ``[B, S, N, H, D]``, views of one tensor."""
-        projected = self._projections(y)
-        if high_precision:
-            projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
-        return projected.unflatten(-1, (4, self._heads, -1)).unbind(-3)
+def _heads(mha: Any, y: Tensor, high_precision: bool) -> list[Tensor]:
+    """q (not scaled), k, v and gate ``[B, S, N, H, D]``."""
+    projected = [layer(y) for layer in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)]
+    if high_precision:
+        projected = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in projected]
+    return [x.unflatten(-1, (mha.no_heads, -1)) for x in projected]
 
 
-class _TokenBlocks:
+class _Attention:
     """What :class:`FastDiffusionTransformer` keeps.
 
     Attributes
     ----------
-    blocks : list of _TokenBlock
-    conditioning : Conditioning
     biases : list of Tensor or Factors, optional
         By block; None where the bias is computed in every step.
     dense : set of int
         Blocks whose bias was left dense and did not fit.
     nbytes : int
+        Of the biases.
     """
 
-    def __init__(self, transformer: DiffusionTransformer) -> None:
-        blocks: list[Any] = list(transformer.blocks)
-        self.blocks = [_TokenBlock(block) for block in blocks]
-        self.conditioning = Conditioning(
-            [(block.attention_pair_bias.layer_norm_a, block.conditioned_transition.layer_norm) for block in blocks],
-            [(block.attention_pair_bias.linear_ada_out, block.conditioned_transition.linear_g) for block in blocks],
-        )
-        self.biases: list[Tensor | Factors | None] = [None] * len(blocks)
+    def __init__(self, blocks: int) -> None:
+        self.biases: list[Tensor | Factors | None] = [None] * blocks
         self.dense: set[int] = set()
-        self.nbytes = nbytes(self.conditioning.inner, self.conditioning.outer) + sum(x.nbytes for x in self.blocks)
+        self.nbytes = 0
         self._mask: Tensor | None = None
         self._keep: Tensor | None = None
 
