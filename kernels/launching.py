@@ -14,10 +14,15 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 are exact unless PyTorch's own switch allows TF32."""
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype are rounded to TF32: those of fp32, if PyTorch's switch allows it."""
     # Reading the older ``allow_tf32`` raises once the newer ``fp32_precision`` has been set.
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` multiplies."""
+    return "tf32" if tf32(dtype) else "ieee"
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

@@ -78,10 +78,20 @@ def hopper_table(rows: list[Row], device: str) -> dict[str, Any]:
 
 
 def plain_table(rows: list[Row], architecture: str, table: dict[str, Any]) -> dict[str, Any]:
-    """``table`` with the section of one architecture replaced by the fastest candidates."""
-    section: dict[str, list[Row]] = {}
+    """``table`` with the section of one architecture replaced by the fastest candidates.
+
+    Entries for products in TF32 (``exact`` 0), which are not tuned here, stay; they come before those that need none.
+    """
+    section = {
+        kind: [entry for entry in entries if "exact" in entry] for kind, entries in table.get(architecture, {}).items()
+    }
     for target in targets(Family.PLAIN):
-        section.setdefault(target.kind, []).append({**target.limits, "tiles": _works(target, rows)[0]["tiles"]})
+        entries, entry = (
+            section.setdefault(target.kind, []),
+            {**target.limits, "tiles": _works(target, rows)[0]["tiles"]},
+        )
+        place = sum("bytes" in other for other in entries) if "bytes" in entry else len(entries)
+        entries.insert(place, entry)
     return {architecture: section, **{name: other for name, other in table.items() if name != architecture}}
 
 

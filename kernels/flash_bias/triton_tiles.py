@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pairformer_fast.kernels.launching import tf32
+
 KINDS = ("forward", "backward_dq", "backward_dkv", "backward_pairs")
 
 
@@ -33,7 +35,9 @@ class Tiles(NamedTuple):
 
 
 def tile_sizes(kind: str, dtype: torch.dtype, dim: int, rank: int, n: int, capability: tuple[int, int] | None) -> Tiles:
-    """First entry of the table that covers the shape.
+    """First entry of the table that covers the shape, which names the largest values of what it is for.
+
+    Beside the parameters these are ``bytes`` of the dtype and ``exact``, 1 for fp32 unless its products are in TF32.
 
     Parameters
     ----------
@@ -53,7 +57,8 @@ def tile_sizes(kind: str, dtype: torch.dtype, dim: int, rank: int, n: int, capab
     table = _table()
     architecture = "interpreter" if capability is None else f"sm_{capability[0]}{capability[1]}"
     entries = table.get(architecture, table["default"])[kind]
-    shape = {"bytes": dtype.itemsize, "dim": dim, "rank": rank, "n": n}
+    exact = dtype == torch.float32 and not tf32(dtype)
+    shape = {"bytes": dtype.itemsize, "exact": exact, "dim": dim, "rank": rank, "n": n}
     for entry in entries:
         if all(shape[limit] <= entry[limit] for limit in shape.keys() & entry.keys()):
             return Tiles(*entry["tiles"])

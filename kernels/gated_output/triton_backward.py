@@ -23,7 +23,7 @@ from pairformer_fast.kernels.gated_output.triton_common import (
     store_tokens,
     tokens,
 )
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows, unit_rows
 from pairformer_fast.kernels.weight_gradient import WeightGradient
@@ -197,6 +197,8 @@ def norm_kernel(
 
 def choose_tiles(channels: int, width: int, compute: torch.dtype) -> Tiles:
     """Tiles for ``C`` channels and ``width`` channels of ``attended``, with products in ``compute``."""
+    if tf32(compute) and max(channels, width) <= 128:
+        return Tiles(32, 4, 128, 1, 8, 1)
     if compute == torch.float32:
         return Tiles(32, 4, 32, 2, 8, 1)
     if max(channels, width) <= 128:

@@ -23,7 +23,7 @@ from pairformer_fast.kernels.gated_output.triton_common import (
     store_tokens,
     tokens,
 )
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 
@@ -86,6 +86,8 @@ def forward_kernel(
 def choose_tiles(z: Tensor, width: int, compute: torch.dtype) -> Tiles:
     """Tiles for ``z [..., C]`` and ``width`` channels of ``attended``, with products in ``compute``."""
     widest = max(z.shape[-1], width)
+    if tf32(compute) and widest <= 128:
+        return Tiles(64, 8, 64, 0, 8, 1)
     if compute == torch.float32:
         return Tiles(32, 4, 32, 0, 8, 1)
     if widest <= 128:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm import NormParameters, layer_norm_backward
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 from pairformer_fast.kernels.transition.triton_common import (
@@ -266,6 +266,8 @@ def split_tokens(count: int, blocks: int, tiles: Tiles) -> tuple[int, int]:
 
 def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles of ``tokens_kernel`` for a padded number of channels and a dtype of the products."""
+    if tf32(compute) and width <= 128:
+        return Tiles(32, 32, 8, 2, 1)
     if compute == torch.float32:
         return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:
@@ -275,6 +277,8 @@ def choose_token_tiles(width: int, compute: torch.dtype) -> Tiles:
 
 def choose_weight_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles of ``weights_kernel`` for a padded number of channels and a dtype of the products."""
+    if tf32(compute) and width <= 128:
+        return Tiles(64, 32, 4, 1, 1)
     if compute == torch.float32:
         return Tiles(32, 16, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:

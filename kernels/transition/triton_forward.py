@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 from pairformer_fast.kernels.transition.triton_common import (
@@ -140,6 +140,8 @@ def transition(
 
 def choose_tiles(width: int, compute: torch.dtype) -> Tiles:
     """Tiles for a padded number of channels and a dtype of the products."""
+    if tf32(compute) and width <= 128:
+        return Tiles(64, 32, 4, 2, 1)
     if compute == torch.float32:
         return Tiles(32, 32, 8, 1, 1) if width <= 128 else Tiles(16, 16, 8, 1, 1)
     if width <= 128:

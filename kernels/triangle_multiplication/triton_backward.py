@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm import layer_norm_backward
 from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
 from pairformer_fast.kernels.triangle_multiplication.triton_backward_kernels import (
@@ -41,6 +41,8 @@ SHARES = 32
 
 def update_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``update_backward_kernel``."""
+    if tf32(dtype) and max(channels, hidden) <= 128:
+        return Tiles(32, 32, 4, 1)
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
     return Tiles(64 if max(channels, hidden) <= 128 else 32, min(64, padded(channels)), 8, 1)
@@ -48,6 +50,8 @@ def update_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
 
 def edges_tiles(hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``edges_backward_kernel``."""
+    if tf32(dtype) and hidden <= 128:
+        return Tiles(64, 64, 4, 1)
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
     return Tiles(64, min(64, padded(hidden)), 8, 1)

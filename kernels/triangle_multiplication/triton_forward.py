@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pairformer_fast.kernels.launching import on_device, padded, precision
+from pairformer_fast.kernels.launching import on_device, padded, precision, tf32
 from pairformer_fast.kernels.layer_norm.triton_rows import normalised_rows
 from pairformer_fast.kernels.triangle_multiplication.parameters import TriangleWeights
 from pairformer_fast.kernels.triangle_multiplication.triton_common import (
@@ -28,6 +28,8 @@ from pairformer_fast.kernels.triangle_multiplication.triton_common import (
 
 def project_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``project_kernel``."""
+    if tf32(dtype) and max(channels, hidden) <= 128:
+        return Tiles(64, 64, 4, 1)
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
     return Tiles(64, min(64, padded(hidden)), 4 if max(channels, hidden) <= 128 else 8, 1)
@@ -35,6 +37,8 @@ def project_tiles(channels: int, hidden: int, dtype: torch.dtype) -> Tiles:
 
 def output_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles of ``output_kernel``."""
+    if tf32(dtype) and channels <= 128:
+        return Tiles(64, 32, 4, 1)
     if dtype == torch.float32:
         return Tiles(32, 16, 8, 1)
     if channels <= 128:

@@ -78,6 +78,20 @@ def test_table_of_the_general_kernels(script, rows, tmp_path: Path, monkeypatch:
                     assert tiles.block_m <= 128
 
 
+def test_fp32_has_larger_tiles_where_products_may_be_in_tf32() -> None:
+    def tiles(dim: int, rank: int) -> triton_tiles.Tiles:
+        return triton_tiles.tile_sizes("forward", torch.float32, dim, rank, 640, (9, 0))
+
+    before, exact = torch.get_float32_matmul_precision(), tiles(32, 0)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert tiles(32, 0).block_m * tiles(32, 0).block_n > exact.block_m * exact.block_n
+        wide = tiles(64, 64)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (tiles(32, 0), tiles(64, 64)) == (exact, wide), "wide heads and factors were not tuned for it"
+
+
 def test_a_class_without_a_result_is_named(script, rows) -> None:
     tune, kernels = script("tune"), script("tune_kernels")
     works = rows("plain")
