@@ -27,7 +27,7 @@ def inverse_cholesky(gram: Tensor, rounding: float) -> Tensor:
     Tensor
         ``[B, L, L]`` fp64, lower triangular.
     """
-    if _takes_triton(gram, gram.shape[-1]):
+    if _takes_triton(gram, torch.float64):
         from pairformer_fast.kernels.low_rank import triton_steps
 
         return triton_steps.inverse_cholesky(gram, rounding)
@@ -48,7 +48,7 @@ def centred(thin: Tensor, kept: Tensor | None, scale: Tensor, dtype: torch.dtype
     dtype : torch.dtype
         Of the result.
     """
-    if _takes_triton(thin, thin.shape[-1]) and kept is None:
+    if _takes_triton(thin, torch.float32) and kept is None:
         from pairformer_fast.kernels.low_rank import triton_steps
 
         return triton_steps.centred(thin, scale, dtype)
@@ -80,13 +80,12 @@ def balanced(
     used : Tensor
         ``[B, L]`` bool, the others.
     """
-    if _takes_triton(projected, projected.shape[-1]) and padding is None:
+    if _takes_triton(projected, torch.float32) and padding is None:
         from pairformer_fast.kernels.low_rank import triton_steps
 
         return triton_steps.balanced(basis, projected, unit, dtype)
     return reference.balanced(basis, projected, padding, kept, unit, dtype)
 
 
-def _takes_triton(x: Tensor, columns: int) -> bool:
-    wanted = torch.float64 if x.shape[-1] == x.shape[-2] and x.dtype == torch.float64 else torch.float32
-    return HAS_TRITON and x.is_cuda and x.dtype == wanted and columns <= LARGEST
+def _takes_triton(x: Tensor, dtype: torch.dtype) -> bool:
+    return HAS_TRITON and x.is_cuda and x.dtype == dtype and x.shape[-1] <= LARGEST
