@@ -28,10 +28,11 @@ def transition(
     out_weight: Tensor,
     mask: Tensor | None = None,
     *,
+    residual: bool = True,
     out: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Tensor:
-    """SwiGLU transition with its residual, ``x + mask * ((silu(y a^T) * (y b^T)) out^T)`` of ``y = layer_norm(x)``.
+    """SwiGLU transition, ``x + mask * ((silu(y a^T) * (y b^T)) out^T)`` of ``y = layer_norm(x)``.
 
     Differentiable in ``x`` and all parameters. Products run in the dtype of autocast where it is on, else in that of
     ``x``, and are summed in fp32. The hidden layer is never in memory with Triton, in neither direction: the backward
@@ -48,7 +49,9 @@ def transition(
     out_weight : Tensor
         ``[C, hidden]``, floating point.
     mask : Tensor, optional
-        Bool, ``x.shape[:-1]``, True = keep; other tokens are returned as they are.
+        Bool, ``x.shape[:-1]``, True = keep; the update of other tokens is zero.
+    residual : bool
+        Whether ``x`` is added; if not, the result is the update alone.
     out : Tensor, optional
         Shape and dtype of ``x``, where the result is written and no gradient is needed; may be ``x`` itself.
     backend : Backend
@@ -86,16 +89,27 @@ def transition(
             )
     compute = compute_dtype(x)
     if not _takes_triton(Backend(backend), x, out, a_weight):
-        result = reference.transition(x, norm, a_weight, b_weight, out_weight, mask, compute)
+        result = reference.transition(x, norm, a_weight, b_weight, out_weight, mask, residual, compute)
         return result if out is None else out.copy_(result)
     if out is None:
-        return operator.transition_forward(*inputs, mask, norm.eps, compute)
-    operator.transition_into(out, *inputs, mask, norm.eps, compute)
+        return operator.transition_forward(*inputs, mask, norm.eps, residual, compute)
+    operator.transition_into(out, *inputs, mask, norm.eps, residual, compute)
     return out
 
 
+def runs_triton(x: Tensor, a_weight: Tensor, backend: Backend) -> bool:
+    """Whether Triton computes the transition of ``x``, where the result is a new tensor.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`transition` about the backend.
+    """
+    return takes_hidden(backend, x, "a_weight", a_weight)
+
+
 def _takes_triton(backend: Backend, x: Tensor, out: Tensor | None, a_weight: Tensor) -> bool:
-    takes = takes_hidden(backend, x, "a_weight", a_weight)
+    takes = runs_triton(x, a_weight, backend)
     if not takes or out is None or out.stride(-1) == 1:
         return takes
     if backend is Backend.AUTO:

@@ -22,14 +22,15 @@ def transition_forward(
     out_weight: Tensor,
     mask: Tensor | None,
     eps: float,
+    residual: bool,
     compute: torch.dtype,
 ) -> Tensor:
-    """``x`` with its update, laid out as ``torch.empty_like(x)``."""
+    """Update of ``x``, added to it with ``residual``, laid out as ``torch.empty_like(x)``."""
     from pairformer_fast.kernels.transition import triton_forward
 
     out = torch.empty_like(x)
     norm = NormParameters(norm_weight, norm_bias, eps)
-    triton_forward.transition(x, norm, a_weight, b_weight, out_weight, mask, out, compute)
+    triton_forward.transition(x, norm, a_weight, b_weight, out_weight, mask, out, residual, compute)
     return out
 
 
@@ -49,13 +50,14 @@ def transition_into(
     out_weight: Tensor,
     mask: Tensor | None,
     eps: float,
+    residual: bool,
     compute: torch.dtype,
 ) -> None:
-    """Write ``x`` with its update to ``out``, which may be ``x``."""
+    """The same in ``out``, which may be ``x``."""
     from pairformer_fast.kernels.transition import triton_forward
 
     norm = NormParameters(norm_weight, norm_bias, eps)
-    triton_forward.transition(x, norm, a_weight, b_weight, out_weight, mask, out, compute)
+    triton_forward.transition(x, norm, a_weight, b_weight, out_weight, mask, out, residual, compute)
 
 
 @transition_into.register_fake
@@ -74,13 +76,14 @@ def transition_backward(
     out_weight: Tensor,
     mask: Tensor | None,
     eps: float,
+    residual: bool,
     compute: torch.dtype,
 ) -> list[Tensor]:
     """Gradients of x, norm weight and bias (of zeros without a bias), a, b and out weights, in their dtypes."""
     from pairformer_fast.kernels.transition import triton_backward
 
     norm = NormParameters(norm_weight, norm_bias, eps)
-    gradients = triton_backward.transition(dout, x, norm, a_weight, b_weight, out_weight, mask, compute)
+    gradients = triton_backward.transition(dout, x, norm, a_weight, b_weight, out_weight, mask, residual, compute)
     return like_parameters(gradients, (norm_weight, norm_weight, a_weight, b_weight, out_weight))
 
 
@@ -96,18 +99,19 @@ def like_parameters(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -
 
 
 def register_backward(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Give an operator of x, norm weight and bias, parameters, mask, eps and dtype its gradients."""
+    """Give an operator of x, norm weight and bias, parameters and mask, then of settings, its gradients."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.eps, ctx.compute = inputs
+        tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]
+        ctx.settings = inputs[len(tensors) :]
         ctx.save_for_backward(*tensors)
 
     def gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         norm_bias = tensors[2]
-        dx, dweight, dbias, *dparameters = backward(dout, *tensors, ctx.eps, ctx.compute)
+        dx, dweight, dbias, *dparameters = backward(dout, *tensors, *ctx.settings)
         dbias = None if norm_bias is None else dbias.to(norm_bias.dtype)
-        return dx, dweight, dbias, *dparameters, None, None, None
+        return dx, dweight, dbias, *dparameters, *[None] * (1 + len(ctx.settings))
 
     forward.register_autograd(gradients, setup_context=setup_context)
 

@@ -16,13 +16,15 @@ def transition(
     b_weight: Tensor,
     out_weight: Tensor,
     mask: Tensor | None,
+    residual: bool,
     compute: torch.dtype,
 ) -> Tensor:
-    """``x [..., C]`` plus its update, with products in ``compute``; differentiable."""
+    """Update of ``x [..., C]``, added to it with ``residual``, with products in ``compute``; differentiable."""
     with torch.autocast(x.device.type, enabled=False):
         normalised = layer_norm.layer_norm(x, norm, compute)
         gate = torch.nn.functional.silu(normalised @ a_weight.to(compute).T)
         update = (gate * (normalised @ b_weight.to(compute).T)) @ out_weight.to(compute).T
         if mask is not None:
             update = update.masked_fill(~mask[..., None], 0)
-        return x + update.to(x.dtype)
+        update = update.to(x.dtype)
+        return x + update if residual else update

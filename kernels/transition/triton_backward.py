@@ -177,6 +177,7 @@ def transition(
     b_weight: Tensor,
     out_weight: Tensor,
     mask: Tensor | None,
+    residual: bool,
     compute: torch.dtype,
     *,
     token_tiles: Tiles | None = None,
@@ -193,6 +194,8 @@ def transition(
         ``[hidden, C]``, ``[hidden, C]`` and ``[C, hidden]``.
     mask : Tensor, optional
         Bool, ``x.shape[:-1]``.
+    residual : bool
+        Whether ``x`` is added to the update.
     compute : torch.dtype
         Of the products.
     token_tiles, weight_tiles : Tiles, optional
@@ -243,7 +246,7 @@ def transition(
             **constants,
         )
     da, db, dout_transposed = (share.sum(0) for share in partial.unbind(1))
-    dx, dweight, dbias = layer_norm_backward(x, norm, dnormalised.view(x.shape), dout)
+    dx, dweight, dbias = layer_norm_backward(x, norm, dnormalised.view(x.shape), dout if residual else None)
     return dx, dweight, dbias, da, db, dout_transposed.T
 
 

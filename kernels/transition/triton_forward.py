@@ -47,6 +47,7 @@ def forward_kernel(
     C: tl.constexpr,
     EPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -54,7 +55,7 @@ def forward_kernel(
     APPROXIMATE: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """Tiles of ``BLOCK_T`` tokens with their update, every ``programs``-th one; ``out`` may be ``x``."""
+    """Updates of tiles of ``BLOCK_T`` tokens, every ``programs``-th one; ``out`` may be ``x``."""
     x, mask, out = Tokens(*x), Tokens(*mask), Tokens(*out)
     o_c = tl.arange(0, BLOCK_C)
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -73,9 +74,10 @@ def forward_kernel(
             b_h = (b_p * sigmoid(b_p, APPROXIMATE) * b_q).to(b_y.dtype)
             b_update = tl.dot(b_h, out_desc.load([0, start]).T, b_update, input_precision=PRECISION)
         b_update = keep_masked(b_update, mask, o_t, TOKENS, ROWS, COLUMNS)
-        # Loaded once more, from cache: kept, it would take the registers of the loop.
-        b_x = load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
-        store_rows(out, b_x + b_update, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
+        if RESIDUAL:
+            # Loaded once more, from cache: kept, it would take the registers of the loop.
+            b_update += load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
+        store_rows(out, b_update, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
         o_t += stride
         if not PREFETCH:
             b_next = load_rows(x, o_t, o_c, TOKENS, ROWS, COLUMNS, C)
@@ -90,6 +92,7 @@ def transition(
     out_weight: Tensor,
     mask: Tensor | None,
     out: Tensor,
+    residual: bool,
     compute: torch.dtype,
     *,
     tiles: Tiles | None = None,
@@ -105,6 +108,8 @@ def transition(
         ``[hidden, C]``, ``[hidden, C]`` and ``[C, hidden]``.
     mask : Tensor, optional
         Bool, ``x.shape[:-1]``.
+    residual : bool
+        Whether ``x`` is added.
     compute : torch.dtype
         Of the products.
     tiles : Tiles, optional
@@ -129,6 +134,7 @@ def transition(
             C=channels,
             EPS=norm.eps,
             HAS_BIAS=norm.bias is not None,
+            RESIDUAL=residual,
             BLOCK_C=width,
             PRECISION=precision(compute),
             APPROXIMATE=approximate(compute),

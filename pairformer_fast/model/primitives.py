@@ -116,7 +116,19 @@ class Transition(Configured):
         return transform(self, x, mask, out=out, backend=backend)
 
 
-def transform(module: Any, x: Tensor, mask: Tensor | None, *, out: Tensor | None, backend: Backend) -> Tensor:
-    """What :meth:`Transition.forward` does, with the weights of a module of ours or of OpenFold3."""
+def transform(
+    module: Any,
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    residual: bool = True,
+    out: Tensor | None = None,
+    backend: Backend,
+) -> Tensor:
+    """What :meth:`Transition.forward` does, with the weights of a module of ours or of OpenFold3.
+
+    Without ``residual`` the result is the update alone.
+    """
     a, b, last = module.swiglu.linear_a.weight, module.swiglu.linear_b.weight, module.linear_out.weight
-    return transition(x, NormParameters.of(module.layer_norm), a, b, last, mask, out=out, backend=backend)
+    norm = NormParameters.of(module.layer_norm)
+    return transition(x, norm, a, b, last, mask, residual=residual, out=out, backend=backend)

@@ -23,6 +23,7 @@ CONSTANTS = {
     "PRECISION": "ieee",
     "APPROXIMATE": True,
     "PREFETCH": True,
+    "RESIDUAL": True,
     "EPS": 1e-5,
 }
 

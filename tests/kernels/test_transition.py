@@ -8,7 +8,7 @@ import torch
 from pairformer_fast.config import Backend
 from pairformer_fast.kernels.transition import operator
 from tests.kernels.cases import DEVICE
-from tests.kernels.transitions import NARROW, SWIGLU, Case
+from tests.kernels.transitions import NARROW, SWIGLU, UPDATE, Case
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
@@ -66,9 +66,23 @@ def test_masked_tokens_are_returned_as_they_are():
     assert torch.equal(gradient[dropped], inputs["dout"][dropped])
 
 
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.REFERENCE])
+def test_update_alone_is_what_the_residual_is_added_to(backend):
+    inputs = make(Case((2, 4, 9), transposed=True))
+    x = inputs["x"].detach().clone()
+    with torch.no_grad():
+        update, whole = UPDATE.call(inputs, backend), call(inputs, backend)
+        assert torch.equal(x + update, whole)
+        assert update[inputs["mask"]].abs().min() > 0
+        assert not update[~inputs["mask"]].any()
+        assert UPDATE.call(inputs, backend, out=inputs["x"]) is inputs["x"]
+    assert torch.equal(inputs["x"], update)
+
+
+@pytest.mark.parametrize("op", [SWIGLU, UPDATE], ids=str)
 @pytest.mark.parametrize("case", [Case((1, 3, 5)), Case((2, 7), bias=False, mask=False)], ids=str)
-def test_operator_that_writes_to_out_passes_opcheck(case):
-    arguments = SWIGLU.operator_arguments(make(case), detached=True)
+def test_operator_that_writes_to_out_passes_opcheck(op, case):
+    arguments = op.operator_arguments(op.make(case), detached=True)
     torch.library.opcheck(operator.transition_into, (torch.zeros_like(arguments[0]), *arguments))
 
 

@@ -1,4 +1,4 @@
-"""What both transitions, SwiGLU and ReLU, have to do: against fp64, within PyTorch, and compiled for an H100.
+"""What the transitions (SwiGLU with its residual and without, ReLU) have to do: against fp64, in PyTorch, for an H100.
 
 On a CPU the kernels run in Triton's interpreter (``conftest.py``), whose products of bf16 are wrong: there, fp16 stands
 for all narrow dtypes.
@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from pairformer_fast.config import Backend
 from tests.kernels.cases import DEVICE
 from tests.kernels.compiling import compiled_for_sm_90
-from tests.kernels.transitions import NARROW, RELU, SWIGLU, Case
+from tests.kernels.transitions import NARROW, RELU, SWIGLU, UPDATE, Case
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'pairformer_fast[gpu]'")
 
 
-@pytest.fixture(params=[SWIGLU, RELU], ids=str)
+@pytest.fixture(params=[SWIGLU, UPDATE, RELU], ids=str)
 def op(request):
     return request.param
 
@@ -80,7 +80,7 @@ def test_many_tokens_are_split_between_programs(op):
 def test_operators_pass_opcheck(op, case):
     inputs = op.make(case)
     operators = torch.ops.pairformer_fast
-    forward, backward = (getattr(operators, f"{op}_{direction}") for direction in ("forward", "backward"))
+    forward, backward = (getattr(operators, f"{op.operator}_{direction}") for direction in ("forward", "backward"))
     torch.library.opcheck(forward, op.operator_arguments(inputs))
     torch.library.opcheck(backward, (inputs["dout"], *op.operator_arguments(inputs, detached=True)))
 

@@ -1,7 +1,8 @@
 """Problems for both transitions, what fp64 makes of them, and how results are compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,13 +48,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Transition:
-    """An operation, its parameters after the layer norm as dimensions and scale, and its update by definition."""
+    """An operation, its parameters after the layer norm as dimensions and scale, and its update by definition.
+
+    ``operator`` begins the names of its operators, which take ``settings`` between eps and the dtype of the products.
+    """
 
     name: str
     function: Callable[..., Tensor]
     parameters: dict[str, tuple[str, Callable[[int, int], float]]]
     update: Callable[[Tensor, dict[str, Tensor]], Tensor]
     residual: bool
+    operator: str
+    settings: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -120,7 +126,7 @@ class Transition:
         tensors = [inputs[name] for name in (*self.leaves, "mask")]
         if detached:
             tensors = [None if x is None else x.detach() for x in tensors]
-        return *tensors, 1e-5, torch.float32
+        return *tensors, 1e-5, *self.settings, torch.float32
 
 
 def _with_gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
@@ -138,6 +144,15 @@ SWIGLU = Transition(
     },
     lambda y, of: (silu(y @ of["a_weight"].T) * (y @ of["b_weight"].T)) @ of["out_weight"].T,
     residual=True,
+    operator="transition",
+    settings=(True,),
+)
+UPDATE = replace(
+    SWIGLU,
+    name="transition_update",
+    function=partial(transition, residual=False),
+    residual=False,
+    settings=(False,),
 )
 RELU = Transition(
     "relu_transition",
@@ -150,4 +165,5 @@ RELU = Transition(
     },
     lambda y, of: (y @ of["weight_1"].T + of["offset_1"]).clamp(min=0) @ of["weight_2"].T + of["offset_2"],
     residual=False,
+    operator="relu_transition",
 )
