@@ -24,11 +24,12 @@ def accelerate(
     """Let the attention of a built model of another package run through this one, in place.
 
     Only classes change: parameter objects, ``state_dict`` keys, hooks, and hence optimisers, averaged weights and
-    checkpoints stay as they are. The pair blocks of OpenFold3, the pair updates of Boltz and Protenix and OpenFold's
-    triangle multiplications and transitions run this package's operations as a whole, so hooks on their parts are not
-    called; everything else of the host is left alone. Where a layer in one of them is not the host's own, such as an
-    adapter of low rank or a forward replaced on the instance, the host's code runs around the attention, and
-    :attr:`Acceleration.skipped` says so. Accelerate after such changes, and before ``torch.compile``.
+    checkpoints stay as they are. The pair blocks and SwiGLU transitions of OpenFold3, the pair updates of Boltz and
+    Protenix and OpenFold's triangle multiplications and transitions run this package's operations as a whole, so hooks
+    on their parts are not called; everything else of the host is left alone. Where a layer in one of them is not the
+    host's own, such as an adapter of low rank or a forward replaced on the instance, the host's code runs around the
+    attention, and :attr:`Acceleration.skipped` says so; in a transition of OpenFold3 a hook on a layer is such a
+    change, too. Accelerate after such changes, and before ``torch.compile``.
 
     Parameters
     ----------

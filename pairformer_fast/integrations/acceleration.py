@@ -278,8 +278,8 @@ class Acceleration:
     swapped : tuple of str
         Paths of the accelerated attention modules within the model.
     around : tuple of str
-        Paths of other modules that run here as a whole, such as the pair blocks of OpenFold3 and the triangle
-        multiplications and transitions of OpenFold.
+        Paths of other modules that run here as a whole, such as the pair blocks and transitions of OpenFold3 and the
+        triangle multiplications and transitions of OpenFold.
     skipped : tuple of Skipped
         What looks like one of them and still runs the host's code.
     """

@@ -2,9 +2,10 @@
 
 A pair block (of the trunk, the MSA, the template and the confidence stack) runs this package's operations with
 OpenFold3's weights: triangle multiplication, triangle attention, transition, residuals. In attention elsewhere only
-what lies between q, k, v and the gate is replaced, and the rest stays OpenFold3's code. The bias around the ending node
-has OpenFold3's orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While
-the sampler of the diffusion module runs, biases and all else that its steps have in common are computed once
+what lies between q, k, v and the gate is replaced, and the rest stays OpenFold3's code. SwiGLU transitions elsewhere
+are swapped one by one (:mod:`~pairformer_fast.integrations.openfold3_transitions`). The bias around the ending node has
+OpenFold3's orientation, b[i, k] (``transpose_bias=True``) as in AlphaFold 3, not b[k, i] as in AlphaFold 2. While the
+sampler of the diffusion module runs, biases and all else that its steps have in common are computed once
 (:mod:`~pairformer_fast.integrations.openfold3_sampling`).
 
 Learned factors are for the triangle attention of whole pair blocks and for single attention; templates and the
@@ -17,7 +18,7 @@ and kernels do not reach attention, which never holds a table of all its weights
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ from pairformer_fast.integrations.acceleration import (
 )
 from pairformer_fast.integrations.openfold3_sampling import around_sampler, sampler_obstacle
 from pairformer_fast.integrations.openfold3_stack import FastPairFormerStack
+from pairformer_fast.integrations.openfold3_transitions import (
+    FastSwiGLUTransition,
+    is_transition,
+    transition_obstacle,
+)
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm_linear import layer_norm_linear
 from pairformer_fast.model.attention import TriangleUpdate
@@ -282,6 +288,12 @@ def plan(model: nn.Module) -> Plan:
     for module, path in paths.items():
         if type(module) is PairFormerStack and all(_runs_here(paths[block], whole, swapped) for block in module.blocks):
             around[path] = NewClass(module, FastPairFormerStack)
+    for path, module in _transitions(paths, around):
+        reason = transition_obstacle(module)
+        if reason is None:
+            around[path] = NewClass(module, FastSwiGLUTransition)
+        else:
+            skipped.append(Skipped.of(path, module, reason))
     learnable = dict(_learnable(targets, whole))
     return Plan(targets, skipped, around, learnable)
 
@@ -300,6 +312,16 @@ def _block_obstacle(block: PairBlock, path: str, swapped: set[str]) -> str | Non
 def _runs_here(block: str, whole: set[str], swapped: set[str]) -> bool:
     """Whether the pair representation and the single attention of a Pairformer block are updated here."""
     return f"{block}.pair_stack" in whole and f"{block}.attn_pair_bias" in swapped
+
+
+def _transitions(paths: Mapping[nn.Module, str], around: Mapping[str, NewClass]) -> Iterator[tuple[str, nn.Module]]:
+    """Transitions that no pair block runs as a part of itself."""
+    fast = tuple(_NEW_BLOCK.values())
+    blocks = {path for module, path in paths.items() if isinstance(module, fast)}
+    blocks |= {path for path, change in around.items() if change.cls in fast}
+    for module, path in paths.items():
+        if is_transition(module) and path.rpartition(".")[0] not in blocks:
+            yield path, module
 
 
 def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -22,12 +22,14 @@ IN_A_PAIR_BLOCK = (
     "pair_stack.tri_att_end.linear_z",
     "pair_stack.pair_transition.swiglu.linear_a",
 )
+TRANSITIONS = ("pair_stack.pair_transition", "single_transition")
+IN_A_TRANSITION = ("single_transition.swiglu.linear_b", "single_transition.linear_out")
 ELSEWHERE = ("attn_pair_bias.linear_z", "attn_pair_bias.mha.linear_k", "attn_pair_bias.mha.linear_g")
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("path", [*IN_A_PAIR_BLOCK, *ELSEWHERE])
+@pytest.mark.parametrize("path", [*IN_A_PAIR_BLOCK, *IN_A_TRANSITION, *ELSEWHERE])
 def test_a_layer_that_was_replaced_keeps_its_effect(path, change):
     model, batch = block(), inputs(17)
     before = outputs(model, batch)
@@ -38,20 +40,25 @@ def test_a_layer_that_was_replaced_keeps_its_effect(path, change):
         found = outputs(model, batch)
     assert max(map(distance, found, expected)) < 1e-5
     assert len(acceleration.swapped) == 3
-    whole = path in ELSEWHERE
-    assert acceleration.around == (("pair_stack",) if whole else ())
+    changed = {transition for transition in TRANSITIONS if path.startswith(transition)}
+    broken = changed | ({"pair_stack"} if path in IN_A_PAIR_BLOCK else set())
+    around = {"single_transition", "pair_stack.pair_transition" if "pair_stack" in broken else "pair_stack"}
+    assert set(acceleration.around) == around - changed
     reasons = {skipped.path: skipped.reason for skipped in acceleration.skipped}
-    assert reasons.keys() == (set() if whole else {"pair_stack"})
-    assert whole or path.removeprefix("pair_stack.") in reasons["pair_stack"]
+    assert reasons.keys() == broken
+    for skipped, reason in reasons.items():
+        assert path.removeprefix(f"{skipped}.") in reason
 
 
 def test_a_pair_block_of_other_parts_is_named():
     model = block()
     model.pair_stack.pair_transition = with_random_weights(ReLUTransition(C_Z, 2))
     with accelerate(model, DENSE) as acceleration:
-        [skipped] = acceleration.skipped
-    assert skipped.path == "pair_stack"
-    assert skipped.reason == "its pair_transition is not SwiGLUTransition but ReLUTransition"
+        whole, transition = acceleration.skipped
+    assert whole.path == "pair_stack"
+    assert whole.reason == "its pair_transition is not SwiGLUTransition but ReLUTransition"
+    assert transition.path == "pair_stack.pair_transition"
+    assert "ReLU" in transition.reason
 
 
 def test_a_model_of_two_packages_is_refused():

@@ -84,7 +84,7 @@ def test_blocks_of_another_order_and_of_unknown_classes_keep_their_code_and_are_
     other, variant, (t, mask) = template_block(tri_mul_first=False), Variant(**PAIR), templates()
     expected = other(t, mask)[mask > 0]
     with accelerate(torch.nn.ModuleDict({"other": other, "variant": variant}), DENSE) as acceleration:
-        assert acceleration.around == ()
+        assert acceleration.around == ("other.pair_transition", "variant.pair_transition")
         assert len(acceleration.swapped) == 4
         reasons = {skipped.path: skipped.reason for skipped in acceleration.skipped}
         assert reasons.keys() == {"other", "variant"}
