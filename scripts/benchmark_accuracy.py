@@ -27,7 +27,7 @@ from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.training.dataset import AntibodyDataset
 from pairformer_fast.training.evaluate import Evaluation, Folded, fold_all, plddt_agreement, region_rmsd, score
 from pairformer_fast.training.geometry import measure_geometry
-from pairformer_fast.training.idealize import idealize_backbones
+from pairformer_fast.training.idealize import as_written
 from pairformer_fast.training.prepare import predict_with_teacher
 from pairformer_fast.training.shards import Structure
 from pairformer_fast.training.sources import Pair
@@ -76,14 +76,14 @@ def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> 
 
 
 def model_part(structures: Sequence[Folded]) -> Row:
-    """Accuracy, geometry and agreement of pLDDT of a split; ``closed``: with peptide bonds closed, as in fold."""
-    repaired = idealize_backbones([folded.prediction for folded in structures])
-    closed = [replace(one, prediction=prediction) for one, prediction in zip(structures, repaired, strict=True)]
+    """Accuracy, geometry and agreement of pLDDT of a split; ``written``: as ``fold`` writes them."""
+    repaired = as_written([folded.prediction for folded in structures])
+    written = [replace(one, prediction=prediction) for one, prediction in zip(structures, repaired, strict=True)]
     scores = [
-        accuracy_of(one) | geometry_of(one.prediction) | geometry_of(after.prediction, "geometry_closed")
-        for one, after in zip(structures, closed, strict=True)
+        accuracy_of(one) | geometry_of(one.prediction) | geometry_of(after.prediction, "geometry_written")
+        for one, after in zip(structures, written, strict=True)
     ]
-    head = _summary(structures) | {"closed": _summary(closed), "plddt_agreement": plddt_agreement(structures)}
+    head = _summary(structures) | {"written": _summary(written), "plddt_agreement": plddt_agreement(structures)}
     return head | described(scores)
 
 

@@ -35,8 +35,8 @@ def test_a_target_is_missed_or_met_by_its_number(script, rows: list[dict]) -> No
         if row["impl"] == "reference":
             row |= {"lddt": 0.96, "rmsd": 0.5, "lddt_h3": 0.9}
             row["plddt_agreement"]["pearson"] = 0.59
-            row["geometry_closed"] = deepcopy(plots.by_name(rows)["crystal", "flash-abb"]["geometry"])
-            row["geometry_closed"]["clashes"]["mean"] += 1
+            row["geometry_written"] = deepcopy(plots.by_name(rows)["crystal", "flash-abb"]["geometry"])
+            row["geometry_written"]["clashes"]["mean"] += 1
     verdicts = [line.rsplit("|", 2)[1].strip() for line in plots.targets(plots.by_name(better))[2:]]
     assert verdicts == [*["met"] * 5, *["**missed**"] * 2, *["met"] * 3, "**missed**"]
 

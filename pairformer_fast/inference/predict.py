@@ -17,7 +17,7 @@ from pairformer_fast.inference.learned import attention_paths, networks_file
 from pairformer_fast.inference.measure import Usage, measure
 from pairformer_fast.inference.settings import FoldSettings, Precision
 from pairformer_fast.model import checkpoint
-from pairformer_fast.model.closure import close_peptides
+from pairformer_fast.model.clashes import relieve_clashes
 from pairformer_fast.model.factors import load_factors
 
 
@@ -137,7 +137,8 @@ class Predictor:
     def predict(self, job: Job, attention: AttentionConfig) -> PathResult:
         """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.
 
-        Peptide bonds that the model left open are closed afterwards, on the CPU and outside the time measured.
+        Peptide bonds that the model left open are closed and clashes relieved afterwards, on the CPU, outside the time
+        measured.
 
         Parameters
         ----------
@@ -157,7 +158,7 @@ class Predictor:
             with measure(self.device) as usage, pair_bias.warm_starts(self.model):
                 prediction = self.model(features, self.recycles)
         on_host = Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)})
-        atom14 = close_peptides(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())
+        atom14 = relieve_clashes(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())
         return PathResult(replace(on_host, atom14=atom14), usage, pair_bias.collect_reports(self.model))
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache
 from importlib import resources
 
 import torch
 from torch import Tensor, nn
 
-from pairformer_fast.model.residue import ATOM14, CHI_ATOMS, CHI_PI_PERIODIC, RESTYPES, SYMMETRIC_ATOMS
+from pairformer_fast.model.residue import ATOM14, CHI_ATOMS, CHI_PI_PERIODIC, RESTYPES, SYMMETRIC_ATOMS, VDW_RADIUS
 from pairformer_fast.model.rigid import Rigid, dihedral
 
 NUM_GROUPS = 6
@@ -129,6 +130,14 @@ class AllAtom(nn.Module):
         points = points.gather(3, index[..., None].expand(*index.shape, 3))
         known = atom14_mask[:, :, None].expand(-1, -1, NUM_TORSIONS, -1).gather(3, index).all(-1)
         return dihedral(*points.unbind(3)), known & self.torsion_mask[aatype]
+
+
+@cache
+def vdw_radii(device: torch.device) -> Tensor:
+    """Van der Waals radii of atoms ``[residue types, 14]`` in Å, 0 where a type has no such atom."""
+    rows = [[VDW_RADIUS[name[0]] for name in ATOM14[residue]] for residue in RESTYPES]
+    padded = [row + [0.0] * (14 - len(row)) for row in rows]
+    return torch.tensor([*padded, [0.0] * 14], device=device)
 
 
 def _tables() -> dict[str, Tensor]:

@@ -50,34 +50,49 @@ def close_peptides(atom14: Tensor, chain_index: Tensor, aatype: Tensor) -> Tenso
 
 
 def _minimise(start: Tensor, chain: Tensor, aatype: Tensor) -> Tensor:
-    bonded = (chain[:, 1:] == chain[:, :-1]) & (chain[:, 1:] >= 0)
-    ca_step = (start[:, 1:, 1] - start[:, :-1, 1]).norm(dim=-1)
-    cis = (ca_step < _CIS_BELOW) & (aatype[:, 1:] == RESTYPES.index("P"))
-    ca_ideal = torch.where(cis, _CA_CIS, _CA_TRANS)
-
-    near = _close_pairs(start[:, :, 1], chain)
+    strain, near = Strain(start, chain, aatype), _close_pairs(start[:, :, 1], chain)
     motion = torch.zeros(*chain.shape, 6, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([motion], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        backbone = _moved(start[:, :, :3], motion)
-        loss = (backbone - start[:, :, :3]).square().sum()
-        for a, b, ideal in (*_ACROSS, (1, 1, ca_ideal)):
-            distance = _distance(backbone[:, 1:, b], backbone[:, :-1, a])
-            loss = loss + RESTRAINT * ((distance - ideal).square() * bonded).sum()
-        clash = (_CA_APART - _distance(backbone[near[0], near[1], 1], backbone[near[0], near[2], 1])).relu()
-        loss = loss + RESTRAINT * clash.square().sum()
+        backbone = moved(start[:, :, :3], motion)
+        clash = (_CA_APART - distance(backbone[near[0], near[1], 1], backbone[near[0], near[2], 1])).relu()
+        loss = strain(backbone) + RESTRAINT * clash.square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        moved = _moved(start, motion)
-        _place_oxygens(moved, bonded)
-    return moved
+        return with_oxygens(moved(start, motion), strain.bonded)
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
+class Strain:
+    """Squared motion of N, CA and C from where they were, and restraints across each peptide bond.
+
+    Parameters
+    ----------
+    start, chain, aatype : Tensor
+        As in :func:`close_peptides`.
+    """
+
+    def __init__(self, start: Tensor, chain: Tensor, aatype: Tensor) -> None:
+        self._start = start[:, :, :3]
+        self.bonded = (chain[:, 1:] == chain[:, :-1]) & (chain[:, 1:] >= 0)
+        ca_step = (start[:, 1:, 1] - start[:, :-1, 1]).norm(dim=-1)
+        cis = (ca_step < _CIS_BELOW) & (aatype[:, 1:] == RESTYPES.index("P"))
+        self._ca_ideal = torch.where(cis, _CA_CIS, _CA_TRANS)
+
+    def __call__(self, backbone: Tensor) -> Tensor:
+        """Of ``[B, N, 3, 3]``, summed."""
+        loss = (backbone - self._start).square().sum()
+        for a, b, ideal in (*_ACROSS, (1, 1, self._ca_ideal)):
+            apart = distance(backbone[:, 1:, b], backbone[:, :-1, a])
+            loss = loss + RESTRAINT * ((apart - ideal).square() * self.bonded).sum()
+        return loss
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Distances ``[*]`` of points ``[*, 3]``, with a gradient where they meet."""
     return (a - b).square().sum(-1).clamp(min=1e-6).sqrt()
 
 
@@ -92,7 +107,7 @@ def _close_pairs(ca: Tensor, chain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return structure, first, second
 
 
-def _moved(atoms: Tensor, motion: Tensor) -> Tensor:
+def moved(atoms: Tensor, motion: Tensor) -> Tensor:
     """Atoms ``[B, N, A, 3]`` turned about their CA by a rotation vector and shifted, ``motion`` ``[B, N, 6]``."""
     turn, shift = motion.split(3, dim=-1)
     angle = (turn.square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -105,9 +120,10 @@ def _moved(atoms: Tensor, motion: Tensor) -> Tensor:
     return ca + shift[:, :, None] + v * angle.cos() + across * angle.sin() + along * (1 - angle.cos())
 
 
-def _place_oxygens(atoms: Tensor, bonded: Tensor) -> None:
-    """Put each O with a following residue into the peptide plane, between the other two bonds of C."""
+def with_oxygens(atoms: Tensor, bonded: Tensor) -> Tensor:
+    """Atoms with each O that has a following residue in the peptide plane, between the other two bonds of C."""
     ca, c, following = atoms[:, :-1, 1], atoms[:, :-1, 2], atoms[:, 1:, 0]
     outward = torch.nn.functional.normalize(c - ca, dim=-1) + torch.nn.functional.normalize(c - following, dim=-1)
-    oxygen = c + _CARBONYL * torch.nn.functional.normalize(outward, dim=-1)
-    atoms[:, :-1, 3] = torch.where(bonded[..., None], oxygen, atoms[:, :-1, 3])
+    placed = c + _CARBONYL * torch.nn.functional.normalize(outward, dim=-1)
+    oxygens = torch.cat([torch.where(bonded[..., None], placed, atoms[:, :-1, 3]), atoms[:, -1:, 3]], dim=1)
+    return torch.cat([atoms[:, :, :3], oxygens[:, :, None], atoms[:, :, 4:]], dim=2)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from pairformer_fast.features import TokenFeatures
-from pairformer_fast.model.all_atom import AllAtom
+from pairformer_fast.model.all_atom import AllAtom, vdw_radii
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
-from pairformer_fast.model.residue import ATOM14, CLASH_OVERLAP, RESTYPES, VDW_RADIUS
+from pairformer_fast.model.residue import CLASH_OVERLAP, VDW_RADIUS
 from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize
 from pairformer_fast.model.structure_module import torsion_norm
 from pairformer_fast.training.dataset import Batch
@@ -220,14 +219,6 @@ def peptide_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
     return masked_mean(deviation + (cos_n - PEPTIDE_COS_C_N_CA).abs(), bonded)
 
 
-@cache
-def _radii(device: torch.device) -> Tensor:
-    """Van der Waals radii of atoms ``[residue types, 14]`` in Å, 0 where a type has no such atom."""
-    rows = [[VDW_RADIUS[name[0]] for name in ATOM14[residue]] for residue in RESTYPES]
-    padded = [row + [0.0] * (14 - len(row)) for row in rows]
-    return torch.tensor([*padded, [0.0] * 14], device=device)
-
-
 def clash_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
     """Overlap (Å) of van der Waals spheres beyond 0.4 Å, summed over the atoms around a residue; its mean ``[B]``.
 
@@ -235,7 +226,7 @@ def clash_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
     atoms of a residue away from where its neighbours are; each pair of near residues is seen from both sides.
     """
     index, chain, mask = features.residue_index, features.chain_index, features.mask
-    radii = _radii(atom14.device)[features.aatype] * mask[..., None]
+    radii = vdw_radii(atom14.device)[features.aatype] * mask[..., None]
     with torch.no_grad():
         bonded = (chain[:, :, None] == chain[:, None]) & ((index[:, :, None] - index[:, None]).abs() <= 1)
         between = distances(atom14[:, :, 1]).masked_fill(bonded | ~mask[:, None], torch.inf)

@@ -92,9 +92,9 @@ def test_rows_of_a_split(script, target: Structure) -> None:
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert row["structures"] == 2
     assert row["regions"]["H CDR3"] == pytest.approx({"mean": 2, "median": 2, "worst": 2}, abs=1e-3)
-    assert row["geometry"]["peptide_rms"]["mean"] > 3 * row["geometry_closed"]["peptide_rms"]["mean"]
-    assert row["closed"]["rmsd"] != row["rmsd"]
-    assert row["closed"]["lddt"] == pytest.approx(row["lddt"], abs=0.1)
+    assert row["geometry"]["peptide_rms"]["mean"] > 3 * row["geometry_written"]["peptide_rms"]["mean"]
+    assert row["written"]["rmsd"] != row["rmsd"]
+    assert row["written"]["lddt"] == pytest.approx(row["lddt"], abs=0.1)
     assert [one["id"] for one in row["scores"]] == ["fv", "fw"]
     assert row["scores"][0]["regions"]["H CDR3"] == pytest.approx(2, abs=1e-3)
 
