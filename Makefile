@@ -75,5 +75,5 @@ clean: ## Remove the environment and everything that was built
 	touch $@
 
 .venv/.installed-dev: .venv/.created setup.cfg pyproject.toml Makefile
-	$(INSTALL) '.[dev,openfold,plot]'
+	$(INSTALL) '.[dev,openfold,plot,relax]'
 	touch .venv/.installed $@

@@ -93,6 +93,7 @@ def fold(
         Path | None, typer.Option(help="Folder with ID.a3m or ID_CHAIN.a3m for every chain (openfold3).")
     ] = None,
     runner_yaml: Annotated[Path | None, typer.Option(help="Further settings in OpenFold3's format.")] = None,
+    relax: Annotated[bool, typer.Option("--relax", help="Relax structures with OpenMM, extra [relax].")] = False,
 ) -> None:
     """Fold every record of a FASTA file; write structures, comparison and run.json to OUT."""
     settings = FoldSettings(
@@ -110,6 +111,7 @@ def fold(
         factors=factors,
         msa_dir=msa_dir,
         runner_yaml=runner_yaml,
+        relax=relax,
     )
     report = (_fold_with_openfold3 if model is Model.OPENFOLD3 else _fold)(fasta, out, settings)
     Console().print(_fold_table(report))

@@ -15,6 +15,7 @@ from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
 from pairformer_fast.inference.learned import attention_paths, networks_file
 from pairformer_fast.inference.measure import Usage, measure
+from pairformer_fast.inference.relaxation import need_openmm, relax
 from pairformer_fast.inference.settings import FoldSettings, Precision
 from pairformer_fast.model import checkpoint
 from pairformer_fast.model.clashes import relieve_clashes
@@ -108,10 +109,12 @@ class Predictor:
     Raises
     ------
     InputError
-        If the device, the checkpoint or factor networks do not exist or do not load.
+        If the device, the checkpoint, factor networks or what relaxation needs do not exist or do not load.
     """
 
     def __init__(self, settings: FoldSettings) -> None:
+        if settings.relax:
+            need_openmm()
         self.device = resolve_device(settings.device)
         self.precision = resolve_precision(settings.precision, self.device)
         self.checkpoint = resolve_checkpoint(settings.checkpoint)
@@ -126,6 +129,7 @@ class Predictor:
             self._attach(self.factors)
         self.recycles = model.config.recycles if settings.recycles is None else settings.recycles
         self.seed = settings.seed
+        self.relax = settings.relax
 
     def _attach(self, file: Path) -> None:
         try:
@@ -138,7 +142,7 @@ class Predictor:
         """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.
 
         Peptide bonds that the model left open are closed and clashes relieved afterwards, on the CPU, outside the time
-        measured.
+        measured; so is relaxation where it is asked for.
 
         Parameters
         ----------
@@ -159,7 +163,10 @@ class Predictor:
                 prediction = self.model(features, self.recycles)
         on_host = Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)})
         atom14 = relieve_clashes(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())
-        return PathResult(replace(on_host, atom14=atom14), usage, pair_bias.collect_reports(self.model))
+        on_host = replace(on_host, atom14=atom14)
+        if self.relax:
+            on_host = replace(on_host, atom14=relax(job, on_host))
+        return PathResult(on_host, usage, pair_bias.collect_reports(self.model))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

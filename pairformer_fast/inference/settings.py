@@ -67,6 +67,8 @@ class FoldSettings(Frozen):
         Folder with alignments, for OpenFold3.
     runner_yaml : Path, optional
         Further settings of OpenFold3, in its format.
+    relax : bool
+        Relax the structures of both paths in a force field, see :mod:`pairformer_fast.inference.relaxation`.
     """
 
     model: Model = Model.PAIRFORMER
@@ -83,6 +85,7 @@ class FoldSettings(Frozen):
     factors: Path | None = None
     msa_dir: Path | None = None
     runner_yaml: Path | None = None
+    relax: bool = False
 
     @field_validator("device")
     @classmethod
@@ -100,6 +103,8 @@ class FoldSettings(Frozen):
             return self
         if self.factors is not None and self.bias is not BiasMethod.LEARNED:
             raise ValueError(f"--factors {self.factors}: only --bias learned takes factor networks")
+        if self.relax:
+            raise ValueError("--relax is for --model pairformer: drop it or choose that model")
         if self.checkpoint is None:
             raise ValueError("--model openfold3 needs --checkpoint FILE: its weights do not come with this package")
         if ":" in self.device:
