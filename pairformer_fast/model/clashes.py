@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from pairformer_fast.model.all_atom import AllAtom, vdw_radii
 from pairformer_fast.model.closure import RESTRAINT, Strain, distance, moved, with_oxygens
 from pairformer_fast.model.residue import CLASH_OVERLAP, RESTYPES, VDW_RADIUS
+from pairformer_fast.model.rigid import normalize, turned
 
 STEPS, REFRESH = 200, 50
 """Steps of the minimisation, and after how many pairs of near atoms are sought again."""
@@ -95,12 +95,11 @@ class _SideChains:
         for chi in range(CHIS):
             ends = self._bonds[:, :, chi, :, None].expand(-1, -1, -1, 3)
             near, far = atoms.gather(2, ends).split(1, dim=2)
-            axis, v, angle = normalize(far - near, dim=-1), atoms - far, turns[:, :, chi, None, None]
-            across, along = torch.linalg.cross(axis.expand_as(v), v), axis * (axis * v).sum(-1, keepdim=True)
-            turned = far + v * angle.cos() + across * angle.sin() + along * (1 - angle.cos())
+            axis = normalize(far - near).expand_as(atoms)
+            moved_atoms = far + turned(atoms - far, axis, turns[:, :, chi, None, None])
             # Groups of atoms: backbone, carbonyl O, then one for each chi.
             turns_along = (self._group >= 2 + chi) & self._turns[:, :, chi, None]
-            atoms = torch.where(turns_along[..., None], turned, atoms)
+            atoms = torch.where(turns_along[..., None], moved_atoms, atoms)
         return atoms
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.model.residue import RESTYPES
-from pairformer_fast.model.rigid import distances
+from pairformer_fast.model.rigid import distances, turned
 
 # distances across a peptide bond, Å (bonds and angles of Engh and Huber 1991): atom of i, atom of i + 1, distance
 _ACROSS = ((2, 0, 1.329), (1, 0, 2.425), (2, 1, 2.435))
@@ -114,10 +114,7 @@ def moved(atoms: Tensor, motion: Tensor) -> Tensor:
     axis = (turn / angle)[:, :, None].expand_as(atoms)
     angle = angle[:, :, None]
     ca = atoms[:, :, 1:2]
-    v = atoms - ca
-    across = torch.linalg.cross(axis, v)
-    along = axis * (axis * v).sum(-1, keepdim=True)
-    return ca + shift[:, :, None] + v * angle.cos() + across * angle.sin() + along * (1 - angle.cos())
+    return ca + shift[:, :, None] + turned(atoms - ca, axis, angle)
 
 
 def with_oxygens(atoms: Tensor, bonded: Tensor) -> Tensor:

@@ -105,6 +105,13 @@ def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def turned(v: Tensor, axis: Tensor, angle: Tensor) -> Tensor:
+    """Vectors ``[*, 3]`` turned about unit axes by angles ``[*, 1]`` in radians (Rodrigues)."""
+    across = torch.linalg.cross(axis, v)
+    along = axis * (axis * v).sum(-1, keepdim=True)
+    return v * angle.cos() + across * angle.sin() + along * (1 - angle.cos())
+
+
 def dihedral(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     """Sine and cosine of the dihedral angle a-b-c-d.
 
