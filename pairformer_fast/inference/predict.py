@@ -162,7 +162,8 @@ class Predictor:
             with measure(self.device) as usage, pair_bias.warm_starts(self.model):
                 prediction = self.model(features, self.recycles)
         on_host = Prediction(**{f.name: _to_host(getattr(prediction, f.name)) for f in fields(prediction)})
-        atom14 = relieve_clashes(on_host.atom14, features.chain_index.cpu(), features.aatype.cpu())
+        tokens = features.chain_index.cpu(), features.aatype.cpu()
+        atom14 = relieve_clashes(on_host.atom14, on_host.atom14_mask, *tokens)
         on_host = replace(on_host, atom14=atom14)
         if self.relax:
             on_host = replace(on_host, atom14=relax(job, on_host))

@@ -50,7 +50,7 @@ def close_peptides(atom14: Tensor, chain_index: Tensor, aatype: Tensor) -> Tenso
 
 
 def _minimise(start: Tensor, chain: Tensor, aatype: Tensor) -> Tensor:
-    strain, near = Strain(start, chain, aatype), _close_pairs(start[:, :, 1], chain)
+    strain, near = Strain(start, chain, aatype, RESTRAINT), _close_pairs(start[:, :, 1], chain)
     motion = torch.zeros(*chain.shape, 6, device=start.device, requires_grad=True)
     optimizer = torch.optim.Adam([motion], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -73,10 +73,12 @@ class Strain:
     ----------
     start, chain, aatype : Tensor
         As in :func:`close_peptides`.
+    weight : float
+        Of the restraints.
     """
 
-    def __init__(self, start: Tensor, chain: Tensor, aatype: Tensor) -> None:
-        self._start = start[:, :, :3]
+    def __init__(self, start: Tensor, chain: Tensor, aatype: Tensor, weight: float) -> None:
+        self._start, self._weight = start[:, :, :3], weight
         self.bonded = (chain[:, 1:] == chain[:, :-1]) & (chain[:, 1:] >= 0)
         ca_step = (start[:, 1:, 1] - start[:, :-1, 1]).norm(dim=-1)
         cis = (ca_step < _CIS_BELOW) & (aatype[:, 1:] == RESTYPES.index("P"))
@@ -87,7 +89,7 @@ class Strain:
         loss = (backbone - self._start).square().sum()
         for a, b, ideal in (*_ACROSS, (1, 1, self._ca_ideal)):
             apart = distance(backbone[:, 1:, b], backbone[:, :-1, a])
-            loss = loss + RESTRAINT * ((apart - ideal).square() * self.bonded).sum()
+            loss = loss + self._weight * ((apart - ideal).square() * self.bonded).sum()
         return loss
 
 

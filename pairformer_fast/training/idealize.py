@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -29,24 +28,28 @@ def idealize_backbones(structures: Sequence[Structure], batch_size: int = 128, d
     """
     done = []
     for begin in range(0, len(structures), batch_size):
-        done.extend(_minimised(close_peptides, structures[begin : begin + batch_size], device))
+        batch = structures[begin : begin + batch_size]
+        atom14, _, *tokens = (tensor.to(device) for tensor in _padded(batch))
+        done.extend(_with_atoms(batch, close_peptides(atom14, *tokens)))
     return done
 
 
 def as_written(structures: Sequence[Structure]) -> list[Structure]:
     """Predictions as ``fold`` writes them: closed peptide bonds and no clashes."""
-    return [written for one in structures for written in _minimised(relieve_clashes, [one], "cpu")]
+    return [_with_atoms([one], relieve_clashes(*_padded([one])))[0] for one in structures]
 
 
-def _minimised(
-    minimise: Callable[[Tensor, Tensor, Tensor], Tensor], structures: Sequence[Structure], device: str
-) -> list[Structure]:
-    start = pad_sequence([torch.from_numpy(s.atom14) for s in structures], batch_first=True)
+def _padded(structures: Sequence[Structure]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Atoms and their mask, chains and types."""
+    atom14 = pad_sequence([torch.from_numpy(s.atom14) for s in structures], batch_first=True)
+    mask = pad_sequence([torch.from_numpy(s.atom14_mask) for s in structures], batch_first=True)
     chain = pad_sequence([torch.from_numpy(s.chain_index).long() for s in structures], True, padding_value=-1)
-    aatype = pad_sequence([torch.from_numpy(s.aatype).long() for s in structures], batch_first=True)
-    moved = minimise(start.to(device), chain.to(device), aatype.to(device)).cpu()
-    return [replace(s, atom14=_cut(atoms, s)) for s, atoms in zip(structures, moved.numpy(), strict=True)]
+    return atom14, mask, chain, pad_sequence([torch.from_numpy(s.aatype).long() for s in structures], batch_first=True)
 
 
-def _cut(atoms: np.ndarray, structure: Structure) -> np.ndarray:
-    return atoms[: len(structure)] * structure.atom14_mask[..., None]
+def _with_atoms(structures: Sequence[Structure], atom14: Tensor) -> list[Structure]:
+    moved = atom14.cpu().numpy()
+    return [
+        replace(s, atom14=atoms[: len(s)] * s.atom14_mask[..., None])
+        for s, atoms in zip(structures, moved, strict=True)
+    ]

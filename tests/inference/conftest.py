@@ -25,7 +25,7 @@ def fake_model(monkeypatch, tmp_path_factory) -> FakeModel:
     monkeypatch.setattr(pair_bias, "set_attention", lambda m, config: setattr(m, "attention", config))
     monkeypatch.setattr(pair_bias, "collect_reports", fake_reports)
     # The atoms of the fake are scattered: they have no peptide bonds to close.
-    monkeypatch.setattr(predict, "relieve_clashes", lambda atom14, chain_index, aatype: atom14)
+    monkeypatch.setattr(predict, "relieve_clashes", lambda atom14, *_: atom14)
     return model
 
 

@@ -82,7 +82,7 @@ def test_side_chains_of_neighbours_are_kept_apart_but_not_their_bonds() -> None:
     """A tryptophan that is turned into the residue after it."""
     made = structure("helix", ["GGWGG"], all_atoms=True)
     atom14, aatype = torch.from_numpy(made.atom14)[None], torch.from_numpy(made.aatype).long()[None]
-    chain = torch.from_numpy(made.chain_index).long()[None]
+    chain, mask = torch.from_numpy(made.chain_index).long()[None], torch.from_numpy(made.atom14_mask)[None]
 
     def nearest(atoms: torch.Tensor) -> float:
         return float(torch.cdist(atoms[0, 2, 5 : len(ATOM14["W"])], atoms[0, 3, :4]).min())
@@ -94,14 +94,15 @@ def test_side_chains_of_neighbours_are_kept_apart_but_not_their_bonds() -> None:
         tried.append(_SideChains(aatype).turned(atom14, turns))
     worst = min(tried, key=nearest)
     assert nearest(worst) < 2.6
-    assert nearest(relieve_clashes(worst, chain, aatype)) > 2.7
+    assert nearest(relieve_clashes(worst, mask, chain, aatype)) > 2.7
 
 
 def test_padding_changes_nothing_and_inference_mode_is_no_obstacle(crowded) -> None:
     atom14, aatype = torch.from_numpy(crowded.atom14)[None], torch.from_numpy(crowded.aatype).long()[None]
-    chain = torch.from_numpy(crowded.chain_index).long()[None]
+    chain, mask = torch.from_numpy(crowded.chain_index).long()[None], torch.from_numpy(crowded.atom14_mask)[None]
     with torch.inference_mode():
-        alone = relieve_clashes(atom14, chain, aatype)
+        alone = relieve_clashes(atom14, mask, chain, aatype)
         pad = torch.nn.functional.pad
-        padded = relieve_clashes(pad(atom14, (0, 0, 0, 0, 0, 3)), pad(chain, (0, 3), value=-1), pad(aatype, (0, 3)))
+        tokens = pad(chain, (0, 3), value=-1), pad(aatype, (0, 3))
+        padded = relieve_clashes(pad(atom14, (0, 0, 0, 0, 0, 3)), pad(mask, (0, 0, 0, 3), value=True), *tokens)
     torch.testing.assert_close(padded[:, :-3], alone, rtol=0, atol=0.05)
