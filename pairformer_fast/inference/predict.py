@@ -141,8 +141,8 @@ class Predictor:
     def predict(self, job: Job, attention: AttentionConfig) -> PathResult:
         """Fold a job; on CUDA after an untimed pass without recycling, which compiles and tunes kernels.
 
-        Peptide bonds that the model left open are closed and clashes relieved afterwards, on the CPU, outside the time
-        measured; so is relaxation where it is asked for.
+        Afterwards, on the CPU and outside the time measured, peptide and disulfide bonds that the model left open are
+        closed and clashes relieved; relaxation follows where it is asked for.
 
         Parameters
         ----------

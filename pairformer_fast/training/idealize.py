@@ -35,7 +35,7 @@ def idealize_backbones(structures: Sequence[Structure], batch_size: int = 128, d
 
 
 def as_written(structures: Sequence[Structure]) -> list[Structure]:
-    """Predictions as ``fold`` writes them: closed peptide bonds and no clashes."""
+    """Predictions as ``fold`` writes them: closed peptide and disulfide bonds, clashes relieved."""
     return [_with_atoms([one], relieve_clashes(*_padded([one])))[0] for one in structures]
 
 
