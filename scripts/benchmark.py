@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import typer
@@ -44,17 +44,23 @@ def accuracy(
             help="Score flash-abb's Fv, too: the file that keeps them, made if missing with the extra [train]."
         ),
     ] = None,
+    split: Annotated[
+        Literal["val", "crystal"] | None,
+        typer.Option(help="VH of the validation set or Fv crystals alone; rows that --output has of the other stay."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "accuracy.json",
 ) -> None:
     """Accuracy by region, stereochemistry and calibration of pLDDT on the hold-outs."""
-    from benchmark_accuracy import accuracy_rows
+    from benchmark_accuracy import SPLITS, accuracy_rows, beside
 
     _make_folder(output)
+    if split:
+        beside([], output)
     rows = []
-    for row in accuracy_rows(data, checkpoint, teacher):
+    for row in accuracy_rows(data, checkpoint, teacher, [split] if split else SPLITS):
         rows.append(row)
         print({key: value for key, value in row.items() if key not in ("scores", "training")}, flush=True)
-    write_rows(output, rows)
+    write_rows(output, beside(rows, output) if split else rows)
     print(f"wrote {output}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_rows import machine
+from benchmark_rows import machine, read_rows
 
 from pairformer_fast.bias import attach_factors, set_attention
 from pairformer_fast.bias.learned import side_file
@@ -36,10 +36,13 @@ Row = dict[str, Any]
 
 TARGETS, TEACHER = "crystal structure", "flash-abb"
 FV_SPLIT = "crystal"
+SPLITS = ("val", FV_SPLIT)
 DIGITS = 4
 
 
-def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> Iterator[Row]:
+def accuracy_rows(
+    data: Path, checkpoint: Path | None, teacher: Path | None, splits: Sequence[str] = SPLITS
+) -> Iterator[Row]:
     """Accuracy on the hold-outs: of the weights with the reference and accelerated, and of the teacher.
 
     Parameters
@@ -50,14 +53,18 @@ def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> 
         Weights; the bundled ones if omitted.
     teacher : Path, optional
         Shard of the teacher's structures of the Fv crystals; predicted and written there if it has others.
+    splits : sequence of str
+        The hold-outs, of :data:`SPLITS`.
 
     Raises
     ------
     InputError
-        If the teacher is needed and not installed, or ``teacher`` is another kind of file.
+        If the teacher is needed and not installed, ``teacher`` is another kind of file, or the Fv are left out.
     """
+    if teacher is not None and FV_SPLIT not in splits:
+        raise InputError(f"--teacher {teacher}: flash-abb is scored on the Fv only: drop it or --split")
     path = default_checkpoint() if checkpoint is None else checkpoint
-    held_out = {split: AntibodyDataset(data, split) for split in ("val", FV_SPLIT)}
+    held_out = {split: AntibodyDataset(data, split) for split in splits}
     targets = {split: [dataset.structure(i) for i in range(len(dataset))] for split, dataset in held_out.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_checkpoint(path).to(device)
@@ -73,6 +80,21 @@ def accuracy_rows(data: Path, checkpoint: Path | None, teacher: Path | None) -> 
             part = model_part(list(fold_all(model, dataset, device)))
             head_of_model = head | {"impl": name, "recycles": model.config.recycles}
             yield head_of_model | part | machine() | {"training": checkpoint_metadata(path)}
+
+
+def beside(rows: Sequence[Row], output: Path) -> list[Row]:
+    """The rows with those that ``output`` has of other splits, in the order of a run of all.
+
+    Raises
+    ------
+    InputError
+        If ``output`` is something else.
+    """
+    measured, stored = {row["split"] for row in rows}, read_rows(output)
+    if any(row.get("split") not in SPLITS for row in stored):
+        raise InputError(f"{output} has rows of another suite: give another --output")
+    kept = [row for row in stored if row["split"] not in measured]
+    return sorted([*kept, *rows], key=lambda row: SPLITS.index(row["split"]))
 
 
 def model_part(structures: Sequence[Folded]) -> Row:

@@ -126,3 +126,33 @@ def test_teacher_structures_are_known_before_anything_is_folded(
     assert splits["crystal"] == ["crystal structure", "flash-abb", "reference", "pairformer_fast auto"]
     assert rows[4]["rmsd"] > 1
     assert rows[5]["rmsd"] < 0.01
+
+
+def test_hold_outs_measured_one_by_one_make_the_rows_of_both(
+    script, target: Structure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "rows.json"
+
+    def run(*arguments: object) -> tuple[int, str]:
+        whole = ("benchmark.py", "accuracy", "--data", tmp_path, "--output", output, *arguments)
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in whole])
+        with pytest.raises(SystemExit) as info:
+            script("benchmark").main()
+        return info.value.code, capsys.readouterr().err
+
+    folded = Folded(target, target, np.full(len(target), 0.9))
+    monkeypatch.setattr(script("benchmark_accuracy"), "fold_all", lambda *_: [folded])
+    for split in ("val", "crystal"):
+        write_shard(tmp_path / f"{split}.safetensors", [target])
+    for split in ("crystal", "val", "crystal"):
+        assert run("--split", split) == (0, "")
+    rows = json.loads(output.read_text())
+    assert [row["split"] for row in rows] == ["val"] * 3 + ["crystal"] * 3
+
+    status, err = run("--split", "val", "--teacher", tmp_path / "none")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "flash-abb is scored on the Fv only" in err
+    output.write_text('[{"suite": "fold"}]')
+    status, err = run("--split", "val")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "rows of another suite: give another --output" in err
