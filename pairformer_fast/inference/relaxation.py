@@ -7,6 +7,9 @@ places, so that stereochemistry improves and the fold stays.
 from __future__ import annotations
 
 import io
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,7 +41,7 @@ def need_openmm() -> None:
 
 
 def relax(job: Job, prediction: Prediction) -> Tensor:
-    """Heavy atoms after a minimisation of the energy.
+    """Heavy atoms after a minimisation of the energy, on the CPU; the same on every call on one machine.
 
     Parameters
     ----------
@@ -61,11 +64,15 @@ def relax(job: Job, prediction: Prediction) -> Tensor:
     from openmm import app, unit
     from pdbfixer import PDBFixer
 
-    with_hydrogens = PDBFixer(pdbfile=io.StringIO(_as_pdb(job, prediction)))
+    cpu = openmm.Platform.getPlatformByName("CPU")
+    cpu.setPropertyDefaultValue("DeterministicForces", "true")
+    cpu.setPropertyDefaultValue("Threads", "1")  # threads share out the sums in another order on every run
+    with_hydrogens = PDBFixer(pdbfile=io.StringIO(_as_pdb(job, prediction)), platform=cpu)
     with_hydrogens.missingResidues = {}
     with_hydrogens.findMissingAtoms()  # the last oxygen of each chain
     with_hydrogens.addMissingAtoms(seed=0)
-    with_hydrogens.addMissingHydrogens(PH)
+    with _same_random_numbers():
+        with_hydrogens.addMissingHydrogens(PH)
     topology, positions = with_hydrogens.topology, with_hydrogens.positions.value_in_unit(unit.nanometer)
 
     system = app.ForceField("amber14-all.xml").createSystem(
@@ -78,11 +85,22 @@ def relax(job: Job, prediction: Prediction) -> Tensor:
         if atom.element is not app.element.hydrogen:
             restraint.addParticle(atom.index, positions[atom.index])
     system.addForce(restraint)
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("CPU"))
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), cpu)
     context.setPositions(positions)
     openmm.LocalEnergyMinimizer.minimize(context, TOLERANCE)
     relaxed = context.getState(getPositions=True).getPositions(asNumpy=True).value_in_unit(unit.angstrom)
     return _as_atom14(job, prediction, topology, relaxed)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Python's generator, which places hydrogens before they are minimised, seeded and put back."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _as_pdb(job: Job, prediction: Prediction) -> str:

@@ -27,12 +27,13 @@ def test_relaxed_structures_have_all_atoms_near_their_places(tmp_path, monkeypat
     fasta = tmp_path / "one.fasta"
     fasta.write_text(f">a\n{NANOBODY}\n")
     places = []
-    for name, options in (("plain", ()), ("relaxed", ("--relax",))):
+    for name, options in (("plain", ()), ("relaxed", ("--relax",)), ("again", ("--relax",))):
         assert run(monkeypatch, "fold", str(fasta), str(tmp_path / name), "--no-compare", *options) == 0
         [chain] = read_structure(tmp_path / name / "a" / "a_flashbias.cif").values()
         places.append({(i, atom): xyz for i, residue in enumerate(chain) for atom, xyz in residue.atoms.items()})
-    before, after = places
+    before, after, again = places
     assert before.keys() == after.keys()
+    assert all((again[key] == xyz).all() for key, xyz in after.items())
     moved = {key: np.linalg.norm(after[key] - xyz) for key, xyz in before.items()}
     ca = [distance for (_, atom), distance in moved.items() if atom == "CA"]
     assert 0.01 < np.mean(ca) < 0.3
