@@ -223,11 +223,11 @@ def regress(
     device: DeviceOption = "auto",
     checkpoint: CheckpointOption = None,
 ) -> None:
-    """Check that the model still predicts its golden structures and that acceleration changes nothing."""
+    """Check that the model still predicts its golden structures and that factors (svd) change nothing."""
     from pairformer_fast.inference import regress as regression
     from pairformer_fast.inference.files import write_atomically
 
-    settings = FoldSettings(device=device, precision=Precision.FP32, checkpoint=checkpoint)
+    settings = FoldSettings(bias=BiasMethod.SVD, device=device, precision=Precision.FP32, checkpoint=checkpoint)
     golden = regression.bundled_golden() if golden is None else golden
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise InputError(f"--json {json_file}: is a folder, or its folder does not exist")
@@ -275,10 +275,13 @@ def _fold_table(report: RunReport) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title="accelerated structure against the reference's",
-        caption="N residues; RMSD of CA in Å; lDDT of CA; pLDDT of the accelerated structure; seconds of both paths",
+        caption=(
+            "N residues; RMSD of CA in Å; lDDT of CA; pLDDT of the accelerated structure; "
+            "calls of attention with factors; seconds of both paths"
+        ),
     )
     table.add_column("job", overflow="fold", min_width=12)
-    for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "fast", "ref.", "speed-up"):
+    for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "factors", "fast", "ref.", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:
         table.add_row(*_fold_row(job))
@@ -289,14 +292,15 @@ def _fold_row(job: JobReport) -> list[str]:
     if job.status != "ok":
         return [job.id, str(job.residues), job.status]
     seconds = {name: path.seconds for name, path in job.paths.items()}
-    plddt = next(iter(job.paths.values())).mean_plddt
+    first = next(iter(job.paths.values()))
     return [
         job.id,
         str(job.residues),
         _number(job.ca_rmsd, 3),
         _number(job.lddt_ca, 4),
         _number(job.tm_score, 4),
-        _number(plddt, 1),
+        _number(first.mean_plddt, 1),
+        f"{first.factors}/{first.factors + first.dense}",
         _number(seconds.get("flashbias"), 2),
         _number(seconds.get("reference"), 2),
         _number(job.speed_up, 2),
@@ -305,15 +309,21 @@ def _fold_row(job: JobReport) -> list[str]:
 
 def _predicted_cost(job: JobInspection) -> str:
     costs = [attention.predicted_cost for attention in job.attentions]
-    known = [(cost.factors, cost.mixed) for cost in costs if cost.factors is not None and cost.mixed is not None]
+    known = [(c.factors, c.mixed, c.making) for c in costs if c and c.factors is not None and c.mixed is not None]
     if not known:
         return "time of attention with such ranks was not measured"
-    factors, mixed = (sum(column) / len(known) for column in zip(*known, strict=True))
+    factors, mixed, making = (sum(column) / len(known) for column in zip(*known, strict=True))
+    device = next(cost.device for cost in costs if cost)
     return (
-        f"time of attention on {costs[0].device} by benchmark, relative to the dense bias: with the factors "
-        f"{factors:.2f}, with those tiles dense beside them {mixed:.2f} (mean of {len(known)} of {len(costs)}); making "
-        "factors comes on top"
+        f"time of attention on {device} by benchmark, relative to the dense bias: with the factors {factors:.2f}, with "
+        f"those tiles dense beside them {mixed:.2f}; making factors of one rank takes {making:.2f} (mean of "
+        f"{len(known)} of {len(costs)})"
     )
+
+
+def _dense_because(job: JobInspection) -> str:
+    reasons = dict.fromkeys(attention.reason for attention in job.attentions if attention.reason is not None)
+    return "".join(f"\ndense: {reason}" for reason in reasons)
 
 
 def _inspection_table(job: JobInspection) -> Table:
@@ -323,9 +333,9 @@ def _inspection_table(job: JobInspection) -> Table:
         padding=(0, 1, 0, 0),
         title=f"{job.id}: pair biases of {job.residues} residues",
         caption=(
-            "over heads: rank of the factors (in brackets if the bias stayed dense), least energy of as many singular "
-            "values, largest eps, bound, probed mean and probed maximum, share of tiles with a bound above "
-            f"{job.tolerance:g}\n{_predicted_cost(job)}"
+            "over heads: rank of the factors (in brackets if the bias stayed dense, also in some), least energy of "
+            "as many singular values, largest eps, bound, probed mean and probed maximum, share of tiles with a bound "
+            f"above {job.tolerance:g}\n{_predicted_cost(job)}{_dense_because(job)}"
         ),
     )
     table.add_column("attention", overflow="fold", min_width=12)
@@ -338,7 +348,7 @@ def _inspection_table(job: JobInspection) -> Table:
         energy = min(s.energy[r - 1] if r else 0.0 for s, r in zip(attention.spectrum, factors.rank, strict=True))
         table.add_row(
             label,
-            f"({ranks})" if attention.choice == "dense" else ranks,
+            f"({ranks})" if attention.dense_heads else ranks,
             f"{energy:.0%}",
             *(_number(max(values), 3) for values in (factors.eps, factors.bound)),
             *(_number(max(values), 3) for values in (factors.probed_mean, factors.probed_max)),

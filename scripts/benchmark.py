@@ -233,6 +233,23 @@ def factorisation(
     _finish(output, [line(row) for row in rows if "error" in row and row["impl"].startswith("pairformer_fast")])
 
 
+@app.command("attention-cpu")
+def attention_cpu(
+    commit: Annotated[str | None, typer.Option(help="Commit of the code where git is not at hand.")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "attention_cpu.json",
+) -> None:
+    """Attention with one thread of a CPU by the form of its bias, and making factors of one."""
+    from benchmark_attention_cpu import SIZES, attention_cpu_rows, line
+
+    _make_folder(output)
+    rows = []
+    for row in attention_cpu_rows(SIZES, commit):
+        rows.append(row)
+        print(line(row), flush=True)
+    write_rows(output, rows)
+    print(f"wrote {output}")
+
+
 def _make_folder(output: Path) -> None:
     """So that a path that will not do is known before the first measurement, not after the last."""
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -176,12 +176,15 @@ def _gpu_clock() -> float:
 
 
 def attention_errors(decision: Decision) -> Row:
-    """Rank and errors of one attention: means over heads of rank, of the bias and of the probe, else the worst head."""
+    """Rank and errors of one attention: means over heads of bias, probe and rank (of factors), else the worst head."""
     report, factors = decision.report, decision.outcome.factors
-    row = {"choice": report.choice, "rank": round(fmean(report.rank), 1)}
     if factors is None:
-        return row
-    return row | {
+        return {"choice": report.choice, "rank": round(fmean(report.rank), 1)}
+    ranks = [rank for head, rank in enumerate(report.rank) if head not in report.dense_heads]
+    return {
+        "choice": report.choice,
+        "rank": round(fmean(ranks), 1),
+        "dense_heads": len(report.dense_heads),
         "bias_error": round(relative_error(decision.outcome.bias, factors, decision.mask), 4),
         "bound": round(max(report.bound), 5),
         "probed_mean": round(fmean(report.probed_mean), 5),
@@ -204,7 +207,7 @@ def relative_error(bias: Tensor, factors: Any, mask: Tensor | None) -> float:
     if factors.table is not None:
         product = product + toeplitz(factors.table.double(), bias.shape[-1])
     left, whole = (torch.linalg.vector_norm(centred(x), dim=(-2, -1)) for x in (bias - product, bias))
-    return float((left / whole).mean())
+    return float((left / whole).masked_fill(factors.dense_heads, 0).mean())
 
 
 def summary(attentions: list[Row]) -> Row:

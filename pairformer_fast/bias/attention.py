@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pairformer_fast.bias.costs import predicted_cost
+from pairformer_fast.bias.costs import measured_costs, predicted_cost
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsError
 from pairformer_fast.bias.methods import MissingFactorNetworksError
@@ -40,6 +40,10 @@ class BiasReport:
         What computed attention, such as ``torch`` or ``triton``.
     rank : tuple of int
         Rank in use; N for a dense bias.
+    dense_heads : tuple of int
+        Which heads keep the dense bias; all of them if that is the choice.
+    reason : str, optional
+        Why the dense bias was kept; None with factors.
     eps : tuple of float, optional
         Largest half range of the residual in a row (see :class:`~pairformer_fast.bias.certificate.Certificate`).
     bound : tuple of float, optional
@@ -48,7 +52,7 @@ class BiasReport:
         Total variation measured on sampled queries, and its spread over them.
     predicted_cost : float, optional
         Time of this attention relative to that with the dense bias, from :mod:`pairformer_fast.bias.costs`, without
-        what the factors cost to make; None where no time was measured, such as on a CPU.
+        what the factors cost to make; None where no time was measured.
     """
 
     choice: str
@@ -60,20 +64,25 @@ class BiasReport:
     probed_std: tuple[float, ...] | None = None
     probed_max: tuple[float, ...] | None = None
     predicted_cost: float | None = None
+    dense_heads: tuple[int, ...] = ()
+    reason: str | None = None
 
     @classmethod
     def of(cls, outcome: Factorization, backend: Backend, q: Tensor) -> BiasReport:
         """Summary of a factorisation, and of what computed attention with it for queries ``q``."""
         factors, probed = outcome.factors, outcome.probed
+        heads, tokens = outcome.bias.shape[1:3]
         if factors is None or probed is None:
-            heads, tokens = outcome.bias.shape[1:3]
-            exact = (0.0,) * heads
-            cost = 1.0 if backend is Backend.TRITON else None
-            return cls("dense", backend.value, (tokens,) * heads, *(exact,) * 5, cost)
+            exact, every = (0.0,) * heads, tuple(range(heads))
+            cost = None if measured_costs(backend, q) is None else 1.0
+            return cls("dense", backend.value, (tokens,) * heads, *(exact,) * 5, cost, every, outcome.reason)
+        dense = factors.dense_heads
+        ranks = factors.rank.masked_fill(dense, tokens)
         errors = (factors.certificate.eps, factors.certificate.bound, probed.mean, probed.std, probed.max)
-        rank, eps, bound, mean, std, largest = (tuple(value.amax(0).tolist()) for value in (factors.rank, *errors))
-        cost = predicted_cost(backend, q, factors.phi_q.shape[-1])
-        return cls("factors", backend.value, rank, eps, bound, mean, std, largest, cost)
+        rank, eps, bound, mean, std, largest = (tuple(value.amax(0).tolist()) for value in (ranks, *errors))
+        cost = predicted_cost(backend, q, factors.phi_q.shape[-1], float(dense.float().mean()))
+        some = tuple(dense.any(0).nonzero().flatten().tolist())
+        return cls("factors", backend.value, rank, eps, bound, mean, std, largest, cost, some)
 
 
 @dataclass(frozen=True, eq=False)

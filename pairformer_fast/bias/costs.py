@@ -1,4 +1,4 @@
-"""What attention costs by the form of its bias, as measured once on a GPU (``data/attention_costs.json``)."""
+"""What attention costs by the form of its bias, and making factors, as measured (``data/attention_costs.json``)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from functools import cache
 from importlib import resources
 from itertools import pairwise
 from math import log
-from typing import Self
 
 from torch import Tensor
 
-from pairformer_fast.config import Backend, Frozen
+from pairformer_fast.config import Backend, BiasMethod, Frozen
 
 FORMS = {5: "triangle", 4: "single"}
 """By the number of dimensions of q."""
@@ -24,46 +23,47 @@ class ByKind(Frozen):
     ----------
     dense, factors, mixed : dict of int to float
         ``factors`` at the table's rank; ``mixed`` with the table's share of dense tiles beside them.
+    making : dict of int to float
+        What it takes to make factors of one rank and to judge them. A search by tolerance makes those of several.
     """
 
     dense: dict[int, float]
     factors: dict[int, float]
     mixed: dict[int, float]
+    making: dict[int, float]
 
 
 class AttentionCosts(Frozen):
-    """Forward pass of the Triton and Gluon kernels in bf16, made by ``scripts/make_attention_costs.py``.
+    """Forward pass on one device, made by ``scripts/make_attention_costs.py``.
 
     Attributes
     ----------
-    source, device, torch, triton, commit : str
-        Where the times come from.
+    sources : list of str
+    device, torch, triton, commit : str
+        Where the times come from: bf16 on a GPU with Triton and Gluon kernels, fp32 on one thread of a CPU with
+        PyTorch's fused attention.
+    method : BiasMethod
+        What makes the factors.
     rank, share : int, float
         At which ``triangle`` and ``single`` are measured at every N.
     triangle, single : ByKind
-        4 heads of 32 channels in N rows; 16 heads of 24 channels.
+        4 heads of 32 channels in N rows; 16 heads of 24 channels, of which the GPU's ``making`` has 4.
     by_rank, by_share : dict of float to float
-        Milliseconds of triangle attention at N = 1024 by rank, and by share of dense tiles.
+        Milliseconds of triangle attention at one N by rank, and by share of dense tiles.
     """
 
-    source: str
+    sources: list[str]
     device: str
     torch: str
-    triton: str
+    triton: str | None
     commit: str
+    method: BiasMethod
     rank: int
     share: float
     triangle: ByKind
     single: ByKind
     by_rank: dict[float, float]
     by_share: dict[float, float]
-
-    @classmethod
-    @cache
-    def shipped(cls) -> Self:
-        """The table of the package."""
-        file = resources.files("pairformer_fast.data") / "attention_costs.json"
-        return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
 
     def factors(self, form: str, tokens: int, rank: int) -> float | None:
         """Time of attention with factors relative to that with the dense bias; making them is not in it.
@@ -85,22 +85,45 @@ class AttentionCosts(Frozen):
         of_share = _between(self.by_share, share) / self.by_share[self.share]
         return _ratio(times.mixed, times.dense, tokens) * of_rank * of_share
 
+    def making(self, form: str, tokens: int) -> float:
+        """Time of making and judging factors relative to that of attention with the dense bias."""
+        times = getattr(self, form)
+        return _ratio(times.making, times.dense, tokens)
 
-def predicted_cost(backend: Backend, q: Tensor, rank: int) -> float | None:
+
+@cache
+def shipped() -> dict[str, AttentionCosts]:
+    """The tables of the package: ``gpu`` and ``cpu``."""
+    file = resources.files("pairformer_fast.data") / "attention_costs.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return {device: AttentionCosts.model_validate(table) for device, table in content.items()}
+
+
+def measured_costs(backend: Backend, q: Tensor) -> AttentionCosts | None:
+    """The table for what computes attention with queries like ``q``; None where no times were measured."""
+    if backend is Backend.TRITON:
+        return shipped()["gpu"]
+    return shipped()["cpu"] if backend is Backend.TORCH and q.device.type == "cpu" else None
+
+
+def predicted_cost(backend: Backend, q: Tensor, rank: int, dense_share: float = 0.0) -> float | None:
     """Predicted time of attention with factors relative to the dense bias; None where no such time was measured.
 
     Parameters
     ----------
     backend : Backend
-        What computes attention. Only kernels for GPUs are in the table.
+        What computes attention.
     q : Tensor
         ``[B, I, N, H, D]`` or ``[B, N, H, D]``.
     rank : int
         Columns of the factors.
+    dense_share : float
+        Share of the tiles that are dense beside them.
     """
-    if backend is not Backend.TRITON:
+    costs, form, tokens = measured_costs(backend, q), FORMS[q.ndim], q.shape[-3]
+    if costs is None:
         return None
-    return AttentionCosts.shipped().factors(FORMS[q.ndim], q.shape[-3], rank)
+    return costs.mixed(form, tokens, rank, dense_share) if dense_share else costs.factors(form, tokens, rank)
 
 
 def _ratio(times: dict[int, float], dense: dict[int, float], tokens: int) -> float:

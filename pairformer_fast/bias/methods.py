@@ -66,6 +66,13 @@ class Candidate:
         rank = torch.where(heads, other.rank, self.rank)
         return Candidate(chosen(self.phi_q, other.phi_q), chosen(self.phi_k, other.phi_k), rank, table=self.table)
 
+    def without(self, heads: Tensor) -> Candidate:
+        """This, but nothing for ``heads`` (bool ``[B, H]``), nor columns that only they use; at least one stays."""
+        phi_q, phi_k = (x.masked_fill(heads[..., None, None], 0) for x in (self.phi_q, self.phi_k))
+        used = phi_q.any(dim=-2).flatten(0, 1).any(dim=0)
+        used[0] = True
+        return Candidate(phi_q[..., used], phi_k[..., used], self.rank.masked_fill(heads, 0), self.table)
+
     def certified(self, bias: Tensor, mask: Tensor | None) -> BiasFactors:
         """With the certificate."""
         certificate = certify(bias, self.phi_q, self.phi_k, mask, self.table)

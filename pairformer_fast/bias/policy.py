@@ -1,52 +1,106 @@
-"""What a pair bias becomes in attention: which rank each head needs, and whether factors are worth it."""
+"""What a pair bias becomes in attention: which rank each head needs, and whether factors are worth it.
+
+``auto`` asks the measured costs of its device (:mod:`pairformer_fast.bias.costs`) before it touches a bias. Factors are
+made only of ranks at which attention and making them together take less time than attention with the dense bias,
+and only where making them takes no more than :data:`LARGEST_LOSS` of that time: so much is lost if they then miss the
+tolerance. By the tables shipped no rank of any size passes:
+
+* With Triton on an H100 factors of rank 32 take 0.89 to 0.99 of the time of the dense bias in triangle attention. Up to
+  2048 tokens making and judging them takes more than that saves. At 4096 both together would take 0.94, but a search
+  that ends without factors 0.04. With a quarter of the tiles dense attention takes 1.06 to 1.15.
+* On a CPU PyTorch's fused attention CPUNUMBERS.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from pairformer_fast.bias.certificate import TILE, Certificate
+from pairformer_fast.bias.costs import FORMS, measured_costs
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.methods import (
     RANK_LADDER,
-    AtRank,
     Candidate,
-    ErrorOf,
     candidates,
     certified_error,
     check_finite,
     checked_method,
-    full_ladder,
     least_rank,
     probed_error,
 )
 from pairformer_fast.bias.probe import Probe, ProbedError
-from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
+from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.kernels.flash_bias import chosen_backend
 
+AUTO_METHOD = BiasMethod.RANDOMISED
+"""What ``auto`` makes factors with: of all methods the one that takes least time to make them."""
+
+LARGEST_LOSS = 0.03
+"""Largest share of the time of attention that ``auto`` may spend on factors which it then does not take."""
+
 LARGEST_RANK_SHARE = 0.5
-"""``auto`` keeps the dense bias if a head needs a rank above this share of N.
+"""A head keeps its dense bias if a tolerance asks for a rank above this share of N.
 
 Factors of rank R lengthen every dot product from D to D + R and are 2 N R numbers where the table is N^2: from
 R = N / 2 on they are no smaller than the bias they replace.
 """
 
 
-DECOMPOSED_ON = (Backend.REFERENCE, Backend.TORCH)
-"""Backends on which ``auto`` decomposes a bias at all.
+@dataclass(frozen=True)
+class Plan:
+    """What factors may be tried before the bias is looked at.
 
-With the Triton kernels it keeps the dense bias, by the costs measured on an H100 (:mod:`pairformer_fast.bias.costs`):
+    Attributes
+    ----------
+    ranks : list of int
+        Ascending; empty if the bias stays dense whatever it is.
+    reason : str
+        Why it stays dense, or does if every head misses the tolerance at these ranks.
+    """
 
-* Factors of rank 32 take 0.95 to 0.99 of the time of the dense bias in triangle attention of 256 to 1024 tokens. What
-  they save, 0.1 ms at 1024 tokens and less below, is all that making and judging them may cost; ``randomised`` takes
-  0.35 ms to make them there. At 2048 tokens they save 1.5 ms and are made in 0.84 ms, but in 2.1 ms with the check and
-  the certificate that every call has (``data/benchmarks/factorisation.json``). At 4096 they save 13 ms; making them
-  is not measured there.
-* Factors with a quarter of the tiles dense take 1.06 to 1.15 of the time of the dense bias in triangle attention of any
-  size, at 1024 tokens 1.11 even with no tile flagged. So they are never worth choosing there; in attention of single
-  tokens they save 9 us at 2048.
-"""
+    ranks: list[int]
+    reason: str
+
+    @classmethod
+    def of(cls, config: AttentionConfig, q: Tensor, form: str) -> Self:
+        """Plan for attention of one of :data:`~pairformer_fast.bias.costs.FORMS`, of as many tokens as ``q`` has."""
+        tokens = q.shape[-3]
+        limit = int(LARGEST_RANK_SHARE * tokens)
+        if config.bias is BiasMethod.DENSE:
+            return cls([], "asked for")
+        if config.rank is None:
+            ranks = sorted({rank for rank in (*RANK_LADDER, limit) if 0 < rank <= limit})
+        else:
+            ranks = [min(config.rank, tokens)]
+        if config.bias is BiasMethod.AUTO:
+            return cls._paying([rank for rank in ranks if rank <= limit], config, q, form)
+        return cls(ranks, f"no head is within the tolerance at a rank up to {limit}, half of the tokens")
+
+    @classmethod
+    def _paying(cls, ranks: list[int], config: AttentionConfig, q: Tensor, form: str) -> Self:
+        backend, tokens = chosen_backend(config.backend, q), q.shape[-3]
+        costs = measured_costs(backend, q)
+        if costs is None:
+            return cls([], f"what factors cost with backend '{backend}' on {q.device.type} was not measured")
+        making = costs.making(form, tokens)
+        times = {rank: time for rank in ranks if (time := costs.factors(form, tokens, rank)) is not None}
+        if not times:
+            return cls([], "what factors of such a rank cost was not measured")
+        least = min(times, key=lambda rank: times[rank])
+        predicted = (
+            f"{form} attention of {tokens} tokens with factors of rank {least} would take {times[least]:.2f} of the "
+            f"time with the dense bias, and making them {making:.2f} (measured on {costs.device})"
+        )
+        paying = [rank for rank, time in times.items() if time + making < 1]
+        if paying and making > LARGEST_LOSS:
+            return cls([], f"{predicted}: more than the {LARGEST_LOSS:.0%} that may be lost if they miss the tolerance")
+        return cls(
+            paying, predicted if not paying else f"no head is within the tolerance at a rank up to {max(paying)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +112,17 @@ class Factorization:
     bias : Tensor
         The dense bias, ``[B, H, N, N]``.
     factors : BiasFactors, optional
-        What replaces it; None if the dense bias was kept.
+        What replaces it; None if the dense bias was kept. Heads that keep theirs have all tiles dense.
     probed : ProbedError, optional
         Measured error of the factors; None without them.
+    reason : str, optional
+        Why the dense bias was kept; None with factors.
     """
 
     bias: Tensor
     factors: BiasFactors | None = None
     probed: ProbedError | None = None
+    reason: str | None = None
 
     @property
     def for_attention(self) -> Tensor | BiasFactors:
@@ -74,10 +131,10 @@ class Factorization:
 
 
 def keeps_dense(config: AttentionConfig, q: Tensor) -> bool:
-    """Whether the bias of attention with queries like ``q`` stays dense whatever it is."""
-    if config.bias is BiasMethod.AUTO:
-        return chosen_backend(config.backend, q) not in DECOMPOSED_ON
-    return config.bias is BiasMethod.DENSE
+    """Whether the bias stays dense whatever it is, in any form of attention of as many tokens as ``q`` has."""
+    return config.bias in (BiasMethod.AUTO, BiasMethod.DENSE) and not any(
+        Plan.of(config, q, form).ranks for form in FORMS.values()
+    )
 
 
 @torch.no_grad()
@@ -87,11 +144,11 @@ def factorize(
     """Do with a pair bias as ``config`` asks; :func:`pairformer_fast.bias.methods.factorize` makes the factors only.
 
     ``svd``, ``randomised``, ``structured`` and ``landmark`` take ``config.rank`` (at most N), or the least rank of
-    :data:`~pairformer_fast.bias.methods.RANK_LADDER` per head whose error is within ``config.tolerance``, the full rank
-    at the end. ``auto`` does so by ``svd`` but keeps the dense bias if some head misses the tolerance at every rank up
-    to :data:`LARGEST_RANK_SHARE` of N, and where the backend is none of :data:`DECOMPOSED_ON`. The
-    error is the probed mean total variation, or the certificate's bound if
-    ``config.certified``.
+    :data:`~pairformer_fast.bias.methods.RANK_LADDER` per head whose error is within ``config.tolerance``. Heads that
+    miss it at every rank up to :data:`LARGEST_RANK_SHARE` of N keep the dense bias, the others have factors. ``auto``
+    does so by :data:`AUTO_METHOD` with the ranks that pay (:class:`Plan`), keeps the dense bias if there are none, and
+    in all heads if attention with some dense heads would take longer than with all. The error is the probed mean
+    total variation, or the certificate's bound if ``config.certified``.
 
     Parameters
     ----------
@@ -111,38 +168,56 @@ def factorize(
     MissingFactorNetworksError
         A ValueError: ``config.bias`` is ``learned``.
     ValueError
-        If the bias is NaN or infinite where both tokens are kept.
+        If the bias is NaN or infinite where both tokens are kept; one that stays dense by plan is not looked at.
     """
-    if keeps_dense(config, q):
-        return Factorization(bias)
-    method = BiasMethod.SVD if config.bias is BiasMethod.AUTO else checked_method(config.bias)
+    form = FORMS[q.ndim]
+    plan = Plan.of(config, q, form)
+    if not plan.ranks:
+        return Factorization(bias, reason=plan.reason)
+    automatic = config.bias is BiasMethod.AUTO
+    method = AUTO_METHOD if automatic else checked_method(config.bias)
     check_finite(bias, mask)
 
     with torch.autocast(bias.device.type, enabled=False):
         probe = Probe(q, k, bias, mask)
         error = certified_error(bias, mask) if config.certified else probed_error(probe)
         at_rank = candidates(bias, method, mask, start=None if config.rank is None else start)
-        chosen = _chosen(at_rank, config, error, bias.shape[-1])
-        if chosen is None:
-            return Factorization(bias)
-        return Factorization(bias, chosen.certified(bias, mask), probe.error(chosen.phi_q, chosen.phi_k, chosen.table))
+        if config.rank is not None and not automatic:
+            chosen = at_rank(plan.ranks[0])
+            met = torch.ones_like(chosen.rank, dtype=torch.bool)
+        else:
+            chosen, met = least_rank(at_rank, plan.ranks, error, config.tolerance)
+        if not met.any():
+            return Factorization(bias, reason=plan.reason)
+        if met.all():
+            factors = chosen.certified(bias, mask)
+            return Factorization(bias, factors, probe.error(factors.phi_q, factors.phi_k, factors.table))
+        chosen = chosen.without(~met)
+        if automatic and (slower := _slower_mixed(config, q, form, chosen, ~met)):
+            return Factorization(bias, reason=slower)
+        probed = probe.error(chosen.phi_q, chosen.phi_k, chosen.table)
+        return _mixed(bias, chosen.certified(bias, mask), probed, ~met)
 
 
-def _chosen(at_rank: AtRank, config: AttentionConfig, error: ErrorOf, tokens: int) -> Candidate | None:
-    """None if the dense bias is the better choice."""
-    if config.bias is BiasMethod.AUTO:
-        ladder = _paying_ladder(config, tokens)
-        if not ladder:
-            return None
-        chosen, met = least_rank(at_rank, ladder, error, config.tolerance)
-        return chosen if met.all() else None
-    if config.rank is not None:
-        return at_rank(min(config.rank, tokens))
-    return least_rank(at_rank, full_ladder(tokens), error, config.tolerance)[0]
+def _slower_mixed(config: AttentionConfig, q: Tensor, form: str, chosen: Candidate, dense: Tensor) -> str | None:
+    """Why some dense heads make it better to leave all of them dense; None if they do not."""
+    costs = measured_costs(chosen_backend(config.backend, q), q)
+    share, rank = float(dense.float().mean()), chosen.phi_q.shape[-1]
+    mixed = None if costs is None else costs.mixed(form, q.shape[-3], rank, share)
+    if mixed is not None and mixed < 1:
+        return None
+    time = "a time that was not measured" if mixed is None else f"{mixed:.2f} of the time of the dense bias"
+    return f"{share:.0%} of the heads miss the tolerance, and with these dense attention would take {time}"
 
 
-def _paying_ladder(config: AttentionConfig, tokens: int) -> list[int]:
-    limit = int(LARGEST_RANK_SHARE * tokens)
-    if config.rank is not None:
-        return [config.rank] if config.rank <= limit else []
-    return sorted({rank for rank in (*RANK_LADDER, limit) if 0 < rank <= limit})
+def _mixed(bias: Tensor, factors: BiasFactors, probed: ProbedError, dense: Tensor) -> Factorization:
+    """Factors in some heads, every tile of the others (``dense``, bool ``[B, H]``) dense, which is exact."""
+    tiles = -(-bias.shape[-1] // TILE)
+    certificate = Certificate(
+        factors.certificate.eps_row.masked_fill(dense[..., None], 0),
+        factors.certificate.eps_tile.masked_fill(dense[..., None, None], 0),
+    )
+    flags = dense[..., None, None].expand(-1, -1, tiles, tiles).contiguous()
+    mixed = replace(factors, certificate=certificate, dense=bias, dense_tiles=flags)
+    exact = ProbedError(*(error.masked_fill(dense, 0) for error in (probed.mean, probed.std, probed.max)))
+    return Factorization(bias, mixed, exact)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pairformer_fast.bias import BiasFactors, Decision
 from pairformer_fast.bias.certificate import TILE, kept_pairs, kept_tokens
-from pairformer_fast.bias.costs import FORMS, AttentionCosts
-from pairformer_fast.bias.methods import candidates, check_finite
-from pairformer_fast.bias.policy import factorize
+from pairformer_fast.bias.costs import FORMS, measured_costs
+from pairformer_fast.bias.methods import candidates, check_finite, factorize
+from pairformer_fast.bias.policy import AUTO_METHOD
 from pairformer_fast.bias.probe import Probe, ProbedError
 from pairformer_fast.bias.svd import decompose
 from pairformer_fast.bias.toeplitz import toeplitz
-from pairformer_fast.config import AttentionConfig, BiasMethod, Frozen
+from pairformer_fast.config import Backend, BiasMethod, Frozen
 
 RANKS = (4, 8, 16, 32, 64, 128)
 """Ranks of the ladder, as far as they are below N."""
@@ -99,21 +99,24 @@ class TileMap(Frozen):
 
 
 class PredictedCost(Frozen):
-    """Time of this attention on a GPU relative to that with the dense bias, without what factors cost to make.
+    """Time of this attention where it ran, relative to that with the dense bias; what ``auto`` decides by.
 
     Attributes
     ----------
     device : str
-        Where :class:`~pairformer_fast.bias.costs.AttentionCosts` was measured, not where this ran.
+        Where :class:`~pairformer_fast.bias.costs.AttentionCosts` was measured.
     factors : float or None
         With the factors; None above the ranks measured.
     mixed : float or None
         With those tiles dense whose bound is above the tolerance.
+    making : float
+        What making factors of one rank takes on top.
     """
 
     device: str
     factors: float | None
     mixed: float | None
+    making: float
 
 
 class AttentionInspection(Frozen):
@@ -127,20 +130,24 @@ class AttentionInspection(Frozen):
         N and H.
     backend, choice : str
         What computed attention, and whether it took ``factors`` or the ``dense`` bias.
+    dense_heads : list of int
+        Which heads kept the dense bias.
+    reason : str or None
+        Why the bias stayed dense; None with factors.
     used : Quality
         Of what it took; a dense bias has rank N and no error.
     factors_method : BiasMethod
         What made ``factors``.
     factors : Quality
-        Of the factors that the tiles are about: those taken, or those that a dense bias stands for: of the given rank,
-        or of the least rank within the tolerance.
+        Of the factors that the tiles are about: those taken, or those that a dense bias, of all heads or of some,
+        stands for: of the given rank, or of the least rank within the tolerance.
     spectrum : list of Spectrum
     ladder : list of Rung
         Error by method and rank.
     tiles : list of TileMap
         Of ``factors``.
-    predicted_cost : PredictedCost
-        Of ``factors``, alone and with these tiles.
+    predicted_cost : PredictedCost or None
+        Of ``factors``, alone and with these tiles; None where nothing was measured.
     """
 
     name: str
@@ -148,13 +155,15 @@ class AttentionInspection(Frozen):
     heads: int
     backend: str
     choice: str
+    dense_heads: list[int]
+    reason: str | None
     used: Quality
     factors_method: BiasMethod
     factors: Quality
     spectrum: list[Spectrum]
     ladder: list[Rung]
     tiles: list[TileMap] = Field(description=f"{TILE} x {TILE} entries a tile")
-    predicted_cost: PredictedCost
+    predicted_cost: PredictedCost | None
 
     @property
     def dense_share(self) -> float:
@@ -184,38 +193,40 @@ def inspect_decision(name: str, decision: Decision, methods: Sequence[BiasMethod
     if len(bias) != 1:
         raise ValueError(f"attention must have a batch of one to be inspected, but bias is {list(bias.shape)}")
     check_finite(bias, mask)
-    method = factor_method(decision.config.bias)
+    config, outcome = decision.config, decision.outcome
+    method = factor_method(config.bias)
     with torch.autocast(bias.device.type, enabled=False):
-        outcome = decision.outcome
-        if outcome.factors is None:
-            config = decision.config
-            asked = AttentionConfig(
-                bias=method, rank=config.rank, tolerance=config.tolerance, certified=config.certified
-            )
-            outcome = factorize(bias, asked, q, k, mask)
-        assert outcome.factors is not None
-        assert outcome.probed is not None
+        probe = Probe(q, k, bias, mask)
+        factors = outcome.factors
+        if factors is None or factors.dense_heads.any():
+            limit = {"tolerance": config.tolerance} if config.rank is None else {"rank": config.rank}
+            factors = factorize(bias, method, **limit, certified=config.certified, q=q, k=k, mask=mask)
+        probed = probe.error(factors.phi_q, factors.phi_k, factors.table)
         report = decision.report
-        tiles = tile_maps(bias, outcome.factors, mask, decision.config.tolerance)
+        tiles = tile_maps(bias, factors, mask, config.tolerance)
         return AttentionInspection(
             name=name,
             tokens=bias.shape[-1],
             heads=bias.shape[1],
             backend=report.backend,
             choice=report.choice,
+            dense_heads=list(report.dense_heads),
+            reason=report.reason,
             used=Quality(**{field: list(getattr(report, field)) for field in Quality.model_fields}),
             factors_method=method,
-            factors=Quality.of(outcome.factors, outcome.probed),
+            factors=Quality.of(factors, probed),
             spectrum=_spectrum(bias, mask),
-            ladder=[rung for method in methods for rung in _climb(method, bias, Probe(q, k, bias, mask), mask)],
+            ladder=[rung for method in methods for rung in _climb(method, bias, probe, mask)],
             tiles=tiles,
-            predicted_cost=_predicted_cost(q, outcome.factors.phi_q.shape[-1], _dense_share(tiles)),
+            predicted_cost=_predicted_cost(Backend(report.backend), q, factors.phi_q.shape[-1], _dense_share(tiles)),
         )
 
 
 def factor_method(method: BiasMethod) -> BiasMethod:
-    """What makes factors under ``method``: ``svd`` for ``auto``, and where a dense bias is only to be judged."""
-    return BiasMethod.SVD if method in (BiasMethod.AUTO, BiasMethod.DENSE) else method
+    """What makes factors under ``method``: ``svd`` where a dense bias is only to be judged."""
+    if method is BiasMethod.AUTO:
+        return AUTO_METHOD
+    return BiasMethod.SVD if method is BiasMethod.DENSE else method
 
 
 def tile_maps(bias: Tensor, factors: BiasFactors, mask: Tensor | None, tolerance: float) -> list[TileMap]:
@@ -252,12 +263,15 @@ def _dense_share(tiles: list[TileMap]) -> float:
     return sum(flags) / len(flags)
 
 
-def _predicted_cost(q: Tensor, rank: int, dense_share: float) -> PredictedCost:
-    costs, form, tokens = AttentionCosts.shipped(), FORMS[q.ndim], q.shape[-3]
+def _predicted_cost(backend: Backend, q: Tensor, rank: int, dense_share: float) -> PredictedCost | None:
+    costs, form, tokens = measured_costs(backend, q), FORMS[q.ndim], q.shape[-3]
+    if costs is None:
+        return None
     return PredictedCost(
         device=costs.device,
         factors=costs.factors(form, tokens, rank),
         mixed=costs.mixed(form, tokens, rank, dense_share),
+        making=costs.making(form, tokens),
     )
 
 

@@ -73,14 +73,18 @@ class PathReport(Frozen):
         What computed attention, such as ``torch`` or ``triton``; what ``auto`` chose.
     factors, dense : int
         Calls of attention that took factors and that took the dense bias.
+    dense_heads : int
+        Heads that kept the dense bias in calls that took factors.
+    dense_because : list of str
+        Why calls took the dense bias, each reason once.
     mean_rank : float or None
-        Over the heads of the calls that took factors.
+        Over the heads that took factors.
     probed_error, bound : float or None
         Largest measured mean total variation of a head's attention weights, and the largest certified bound on it; None
         for learned factors, whose dense bias is not computed.
     predicted_cost : float or None
-        Mean over the calls of attention of the time relative to that with the dense bias, from measurements on one GPU
-        (:mod:`pairformer_fast.bias.costs`), without what factors cost to make; None on a CPU.
+        Mean over the calls of attention of the time relative to that with the dense bias, from measurements
+        (:mod:`pairformer_fast.bias.costs`), without what factors cost to make; None where none were made.
     """
 
     seconds: float
@@ -93,12 +97,16 @@ class PathReport(Frozen):
     probed_error: float | None
     bound: float | None
     predicted_cost: float | None = None
+    dense_heads: int = 0
+    dense_because: list[str] = Field(default_factory=list)
 
     @classmethod
     def of(cls, result: Measured) -> PathReport:
         """Summary of a prediction."""
         factors = [report for report in result.reports if report["choice"] == "factors"]
-        ranks = [rank for report in factors for rank in report["rank"]]
+        ranks = [
+            rank for report in factors for head, rank in enumerate(report["rank"]) if head not in report["dense_heads"]
+        ]
         costs = [report["predicted_cost"] for report in result.reports if report["predicted_cost"] is not None]
         return cls(
             seconds=result.usage.seconds,
@@ -111,6 +119,8 @@ class PathReport(Frozen):
             probed_error=_worst(factors, "probed_mean"),
             bound=_worst(factors, "bound"),
             predicted_cost=fmean(costs) if costs else None,
+            dense_heads=sum(len(report["dense_heads"]) for report in factors),
+            dense_because=sorted({report["reason"] for report in result.reports if report["reason"] is not None}),
         )
 
 

@@ -80,6 +80,7 @@ def test_reports_are_collected_as_json_and_cleared():
     model.first(*inputs)
     (dense,) = collect_reports(model)
     assert (dense["choice"], list(dense["rank"]), list(dense["bound"])) == ("dense", [17] * 3, [0.0] * 3)
+    assert (dense["dense_heads"], dense["reason"]) == ((0, 1, 2), "asked for")
 
 
 def test_training_does_not_pile_up_reports():
@@ -93,7 +94,7 @@ def test_a_model_without_attention_is_an_error():
         set_attention(nn.Linear(1, 1), AttentionConfig())
 
 
-@pytest.mark.parametrize("method", ["svd", "auto"])
+@pytest.mark.parametrize("method", ["svd", "randomised"])
 def test_gradient_through_a_decomposition_is_refused(method):
     q, k, v, bias, mask = make_inputs(SHAPES[0], "rank_deficient")
     bias.requires_grad_()
@@ -108,11 +109,12 @@ def test_gradient_through_a_decomposition_is_refused(method):
     assert q.grad.isfinite().all()
 
 
-def test_dense_bias_trains():
+@pytest.mark.parametrize("method", ["dense", "auto"])
+def test_dense_bias_trains(method):
     q, k, v, bias, mask = make_inputs(SHAPES[0])
     bias.requires_grad_()
     module = PairBiasAttention()
-    module.config = AttentionConfig(bias="dense", backend="torch")
+    module.config = AttentionConfig(bias=method, backend="torch")
     module(q, k, v, bias, mask).square().sum().backward()
     assert bias.grad[0].any()
     assert not bias.grad[1, :, :, 12:].any()

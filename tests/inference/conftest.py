@@ -46,6 +46,8 @@ def fake_reports(model: FakeModel) -> list[dict]:
             "backend": "torch",
             "probed_mean": [0.01],
             "predicted_cost": None,
+            "dense_heads": [0] if choice == "dense" else [],
+            "reason": "asked for" if choice == "dense" else None,
         }
     ]
 
