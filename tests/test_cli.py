@@ -202,7 +202,9 @@ def test_inspect_prints_a_table_and_says_what_plots_need(weights, run, fasta, tm
     assert status == 0
     assert "…" not in out
     rows = [line.split() for line in out.splitlines() if "pair_" in line]
-    assert re.search(r"by benchmark, relative to the dense bias: with the factors\s+0\.9\d", " ".join(out.split()))
+    said = " ".join(out.split())
+    assert re.search(r"by benchmark, relative to the dense bias: with the factors \d\.\d\d", said)
+    assert "dense:" not in said
     assert [row[:2] for row in rows[:3]] == [
         ["0.pair_stack.tri_att_start", "3"],
         ["0.pair_stack.tri_att_end", "3"],
@@ -214,6 +216,18 @@ def test_inspect_prints_a_table_and_says_what_plots_need(weights, run, fasta, tm
     assert "only inspect.json was written" in err
     assert "pip install 'pairformer_fast[plot]'" in err
     assert err.count("\n") == 1
+
+
+def test_inspect_says_why_auto_kept_the_dense_bias(weights, run, fasta, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "Console", partial(Console, width=120))
+    options = ["--checkpoint", weights, "--recycles", 0, "--device", "cpu"]
+    status, out, _ = run("inspect", fasta(f">fv\n{ONE}\n"), tmp_path / "out", *options)
+    assert status == 0
+    said = " ".join(out.split())
+    for form in ("triangle", "single"):
+        assert re.search(
+            rf"dense: {form} attention of \d+ tokens with factors of rank \d+ would take \d+\.\d\d of", said
+        )
 
 
 @pytest.mark.parametrize(

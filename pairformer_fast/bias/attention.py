@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pairformer_fast.bias.costs import measured_costs, predicted_cost
+from pairformer_fast.bias.costs import predicted_cost
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.learned import FactorNetwork, FactorNetworks, FactorsError
 from pairformer_fast.bias.methods import MissingFactorNetworksError
@@ -74,8 +74,7 @@ class BiasReport:
         heads, tokens = outcome.bias.shape[1:3]
         if factors is None or probed is None:
             exact, every = (0.0,) * heads, tuple(range(heads))
-            cost = None if measured_costs(backend, q) is None else 1.0
-            return cls("dense", backend.value, (tokens,) * heads, *(exact,) * 5, cost, every, outcome.reason)
+            return cls("dense", backend.value, (tokens,) * heads, *(exact,) * 5, 1.0, every, outcome.reason)
         dense = factors.dense_heads
         ranks = factors.rank.masked_fill(dense, tokens)
         errors = (factors.certificate.eps, factors.certificate.bound, probed.mean, probed.std, probed.max)

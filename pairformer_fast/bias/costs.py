@@ -8,6 +8,7 @@ from importlib import resources
 from itertools import pairwise
 from math import log
 
+import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend, BiasMethod, Frozen
@@ -99,11 +100,11 @@ def shipped() -> dict[str, AttentionCosts]:
     return {device: AttentionCosts.model_validate(table) for device, table in content.items()}
 
 
-def measured_costs(backend: Backend, q: Tensor) -> AttentionCosts | None:
-    """The table for what computes attention with queries like ``q``; None where no times were measured."""
+def measured_costs(backend: Backend, device: str) -> AttentionCosts | None:
+    """The table for attention on a device of this type (``cuda``, ``cpu``); None where no times were measured."""
     if backend is Backend.TRITON:
         return shipped()["gpu"]
-    return shipped()["cpu"] if backend is Backend.TORCH and q.device.type == "cpu" else None
+    return shipped()["cpu"] if (backend, device) == (Backend.TORCH, "cpu") else None
 
 
 def predicted_cost(backend: Backend, q: Tensor, rank: int, dense_share: float = 0.0) -> float | None:
@@ -120,7 +121,12 @@ def predicted_cost(backend: Backend, q: Tensor, rank: int, dense_share: float = 
     dense_share : float
         Share of the tiles that are dense beside them.
     """
-    costs, form, tokens = measured_costs(backend, q), FORMS[q.ndim], q.shape[-3]
+    return _predicted(backend, q.device.type, FORMS[q.ndim], q.shape[-3], rank, dense_share)
+
+
+@torch.compiler.assume_constant_result
+def _predicted(backend: Backend, device: str, form: str, tokens: int, rank: int, dense_share: float) -> float | None:
+    costs = measured_costs(backend, device)
     if costs is None:
         return None
     return costs.mixed(form, tokens, rank, dense_share) if dense_share else costs.factors(form, tokens, rank)

@@ -14,7 +14,6 @@ tolerance. By the tables shipped no rank of any size passes:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from pairformer_fast.bias.methods import (
     probed_error,
 )
 from pairformer_fast.bias.probe import Probe, ProbedError
-from pairformer_fast.config import AttentionConfig, BiasMethod
+from pairformer_fast.config import AttentionConfig, Backend, BiasMethod
 from pairformer_fast.kernels.flash_bias import chosen_backend
 
 AUTO_METHOD = BiasMethod.RANDOMISED
@@ -66,41 +65,43 @@ class Plan:
     reason: str
 
     @classmethod
-    def of(cls, config: AttentionConfig, q: Tensor, form: str) -> Self:
+    def of(cls, config: AttentionConfig, q: Tensor, form: str) -> Plan:
         """Plan for attention of one of :data:`~pairformer_fast.bias.costs.FORMS`, of as many tokens as ``q`` has."""
-        tokens = q.shape[-3]
-        limit = int(LARGEST_RANK_SHARE * tokens)
         if config.bias is BiasMethod.DENSE:
             return cls([], "asked for")
-        if config.rank is None:
-            ranks = sorted({rank for rank in (*RANK_LADDER, limit) if 0 < rank <= limit})
-        else:
-            ranks = [min(config.rank, tokens)]
+        tokens = q.shape[-3]
+        limit = int(LARGEST_RANK_SHARE * tokens)
         if config.bias is BiasMethod.AUTO:
-            return cls._paying([rank for rank in ranks if rank <= limit], config, q, form)
+            return _paying(config.rank, limit, chosen_backend(config.backend, q), q.device.type, form, tokens)
+        ranks = _ladder(limit) if config.rank is None else [min(config.rank, tokens)]
         return cls(ranks, f"no head is within the tolerance at a rank up to {limit}, half of the tokens")
 
-    @classmethod
-    def _paying(cls, ranks: list[int], config: AttentionConfig, q: Tensor, form: str) -> Self:
-        backend, tokens = chosen_backend(config.backend, q), q.shape[-3]
-        costs = measured_costs(backend, q)
-        if costs is None:
-            return cls([], f"what factors cost with backend '{backend}' on {q.device.type} was not measured")
-        making = costs.making(form, tokens)
-        times = {rank: time for rank in ranks if (time := costs.factors(form, tokens, rank)) is not None}
-        if not times:
-            return cls([], "what factors of such a rank cost was not measured")
-        least = min(times, key=lambda rank: times[rank])
-        predicted = (
-            f"{form} attention of {tokens} tokens with factors of rank {least} would take {times[least]:.2f} of the "
-            f"time with the dense bias, and making them {making:.2f} (measured on {costs.device})"
-        )
-        paying = [rank for rank, time in times.items() if time + making < 1]
-        if paying and making > LARGEST_LOSS:
-            return cls([], f"{predicted}: more than the {LARGEST_LOSS:.0%} that may be lost if they miss the tolerance")
-        return cls(
-            paying, predicted if not paying else f"no head is within the tolerance at a rank up to {max(paying)}"
-        )
+
+def _ladder(limit: int) -> list[int]:
+    return sorted({rank for rank in (*RANK_LADDER, limit) if 0 < rank <= limit})
+
+
+@torch.compiler.assume_constant_result
+def _paying(rank: int | None, limit: int, backend: Backend, device: str, form: str, tokens: int) -> Plan:
+    """The plan of ``auto``: of the given rank, or of all up to a limit, those that pay."""
+    costs = measured_costs(backend, device)
+    if costs is None:
+        return Plan([], f"what factors cost with backend '{backend}' on {device} was not measured")
+    ranks = [one for one in (_ladder(limit) if rank is None else [rank]) if one <= limit]
+    times = {one: time for one in ranks if (time := costs.factors(form, tokens, one)) is not None}
+    if not times:
+        return Plan([], f"factors of such a rank, or of {tokens} tokens, cannot pay or were not measured")
+    making, least = costs.making(form, tokens), min(times, key=lambda one: times[one])
+    predicted = (
+        f"{form} attention of {tokens} tokens with factors of rank {least} would take {times[least]:.2f} of the time "
+        f"with the dense bias, and making them {making:.2f} (measured on {costs.device})"
+    )
+    paying = [one for one, time in times.items() if time + making < 1]
+    if not paying:
+        return Plan([], predicted)
+    if making > LARGEST_LOSS:
+        return Plan([], f"{predicted}: more than the {LARGEST_LOSS:.0%} that may be lost if they miss the tolerance")
+    return Plan(paying, f"no head is within the tolerance at a rank up to {paying[-1]}, the largest that pays")
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,8 +201,8 @@ def factorize(
 
 
 def _slower_mixed(config: AttentionConfig, q: Tensor, form: str, chosen: Candidate, dense: Tensor) -> str | None:
-    """Why some dense heads make it better to leave all of them dense; None if they do not."""
-    costs = measured_costs(chosen_backend(config.backend, q), q)
+    """Why all heads are better left dense than some (``dense``, bool ``[B, H]``); None if they are not."""
+    costs = measured_costs(chosen_backend(config.backend, q), q.device.type)
     share, rank = float(dense.float().mean()), chosen.phi_q.shape[-1]
     mixed = None if costs is None else costs.mixed(form, q.shape[-3], rank, share)
     if mixed is not None and mixed < 1:

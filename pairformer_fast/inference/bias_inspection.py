@@ -264,7 +264,7 @@ def _dense_share(tiles: list[TileMap]) -> float:
 
 
 def _predicted_cost(backend: Backend, q: Tensor, rank: int, dense_share: float) -> PredictedCost | None:
-    costs, form, tokens = measured_costs(backend, q), FORMS[q.ndim], q.shape[-3]
+    costs, form, tokens = measured_costs(backend, q.device.type), FORMS[q.ndim], q.shape[-3]
     if costs is None:
         return None
     return PredictedCost(

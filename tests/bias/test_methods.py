@@ -91,9 +91,9 @@ def test_a_tolerance_is_met_on_every_kind_of_bias(method, kind):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("config", [{"rank": 6}, {"tolerance": 0.02}, {"tolerance": 0.2, "certified": True}])
 def test_attention_with_every_method_reports_what_it_did(method, config):
-    q, k, v = make_qkv(2, 30, 30, 3, 8)
-    bias, mask = make_bias("block_sparse", 2, 3, 30), torch.ones(2, 30, 30, dtype=torch.bool)
-    mask[1, :, 20:] = False
+    q, k, v = make_qkv(2, 64, 64, 3, 8)
+    bias, mask = make_bias("rank_deficient", 2, 3, 64), torch.ones(2, 64, 64, dtype=torch.bool)
+    mask[1, :, 50:] = False
     module = PairBiasAttention().eval()
     module.config = AttentionConfig(bias=method, **config)
     with torch.no_grad():

@@ -119,15 +119,31 @@ def test_flagged_tiles_kept_dense_bring_the_certificate_within_the_tolerance():
 def test_a_dense_bias_is_judged_by_the_factors_in_its_place():
     bias = draw(1, HEADS, 70, 70) * 3
     result = inspect(bias, bias="auto", tolerance=0.01)
-    assert (result.choice, result.factors_method) == ("dense", BiasMethod.SVD)
+    assert (result.choice, result.factors_method) == ("dense", BiasMethod.RANDOMISED)
+    assert result.dense_heads == [0, 1]
+    assert result.reason.startswith("triangle attention of 70 tokens with factors of rank")
+    assert (
+        f"making them {result.predicted_cost.making:.2f} (measured on {result.predicted_cost.device})" in result.reason
+    )
     assert result.used.rank == [70, 70]
     assert result.used.eps == [0, 0]
     assert min(result.factors.rank) > 35
     assert max(result.factors.probed_mean) <= 0.01
     dense = inspect(bias, bias="dense")
-    assert dense.choice == "dense"
+    assert (dense.choice, dense.reason, dense.factors_method) == ("dense", "asked for", BiasMethod.SVD)
     assert max(dense.factors.probed_mean) <= 0.1
     assert dense.dense_share > 0
+
+
+def test_heads_that_stay_dense_are_named_and_judged_by_the_factors_in_their_place():
+    bias = torch.cat([low_rank(3)[:, :1], 3 * draw(1, 1, TOKENS, TOKENS)], dim=1)
+    result = inspect(bias, bias="svd", tolerance=0.05)
+    assert (result.choice, result.dense_heads, result.reason) == ("factors", [1], None)
+    assert result.used.rank == [3, TOKENS]
+    assert result.used.eps[1] == 0
+    assert result.factors.rank[0] == 3
+    assert result.factors.rank[1] > TOKENS / 2
+    assert max(result.factors.probed_mean) <= 0.05
 
 
 def test_a_table_belongs_to_the_factors():

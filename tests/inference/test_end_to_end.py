@@ -70,7 +70,7 @@ def heads_swapped(factors):
 @pytest.mark.parametrize("break_", [rank_one, heads_swapped])
 def test_regress_notices_a_broken_factorisation(weights, tmp_path, monkeypatch, break_):
     (tmp_path / "golden.fasta").write_text(f">a\n{SEQUENCE}\n")
-    settings = FoldSettings(checkpoint=weights, device="cpu", precision="fp32", bias="svd", tolerance=1e-4)
+    settings = FoldSettings(checkpoint=weights, device="cpu", precision="fp32", bias="svd", rank=len(SEQUENCE))
     regression.update_golden(tmp_path, settings)
     assert regression.regress(tmp_path, settings).passed
     factorize = bias_attention.factorize

@@ -23,7 +23,7 @@ ATTENTIONS = 3 * SMALL.pairformer.no_blocks
 
 @pytest.fixture
 def settings(weights) -> FoldSettings:
-    return FoldSettings(checkpoint=weights, device="cpu", compare=False, bias="svd", tolerance=0.05)
+    return FoldSettings(checkpoint=weights, device="cpu", compare=False, bias="svd", rank=8)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_json_has_every_attention_as_fold_computes_it(settings, without_matplotl
     content = json.loads(text)
     assert JobInspection.model_validate_json(text) == report.jobs[0]
     assert set(content) == {"id", "chains", "residues", "run", "tolerance", "tile", "attentions"}
-    assert (content["id"], content["residues"], content["tolerance"], content["tile"]) == ("a", len(SEQUENCE), 0.05, 64)
+    assert (content["id"], content["residues"], content["tolerance"], content["tile"]) == ("a", len(SEQUENCE), 0.1, 64)
     assert content["run"]["settings"]["bias"] == "svd"
     assert content["run"]["chosen"]["recycles"] == SMALL.recycles
 
@@ -106,8 +106,8 @@ def test_plots_of_an_earlier_run_go_when_none_are_drawn(settings, without_matplo
     [
         ({}, ["auto"], "--method auto: makes no factors"),
         ({}, ["svd", "learned"], "--method learned: makes no factors"),
-        ({"attention": "reference", "bias": "auto", "tolerance": None}, [], "nothing to choose"),
-        ({"bias": "learned", "tolerance": None}, ["svd"], "no factor networks"),
+        ({"attention": "reference", "bias": "auto", "rank": None}, [], "nothing to choose"),
+        ({"bias": "learned", "rank": None}, ["svd"], "no factor networks"),
         ({"checkpoint": "nowhere"}, [], "no such file"),
     ],
 )

@@ -144,15 +144,13 @@ def test_kernels_give_the_gradients_of_the_reference(block, tokens):
 
 
 @needs_triton
-def test_auto_keeps_the_dense_bias_where_kernels_for_it_run(block):
+def test_auto_keeps_the_dense_bias_where_factors_do_not_pay(block):
     s, z, mask, pair_mask = inputs(SIZES[0])
     with torch.no_grad():
-        set_attention(block, AttentionConfig(backend=Backend.TRITON))
-        block(s, z, mask, pair_mask)
-        assert {report["choice"] for report in collect_reports(block)} == {"dense"}
-        set_attention(block, AttentionConfig(backend=Backend.REFERENCE, tolerance=1.0))
-        block(s, z, mask, pair_mask)
-        assert {report["choice"] for report in collect_reports(block)} == {"factors"}
+        for backend in (Backend.TRITON, Backend.TORCH, Backend.REFERENCE):
+            set_attention(block, AttentionConfig(backend=backend, tolerance=1.0))
+            block(s, z, mask, pair_mask)
+            assert {report["choice"] for report in collect_reports(block)} == {"dense"}
     set_attention(block, AttentionConfig.reference())
 
 
@@ -188,7 +186,7 @@ def test_gradients_under_distributed_data_parallel(block, tmp_path):
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, pytest.param(Backend.TRITON, marks=needs_triton)])
 def test_one_graph_of_torch_compile(block, backend):
     s, z, mask, pair_mask = inputs(SIZES[0])
-    set_attention(block, AttentionConfig(backend=backend, bias="dense"))
+    set_attention(block, AttentionConfig(backend=backend, bias="auto"))
     expected = block(s, z, mask, pair_mask)
     found = torch.compile(block, fullgraph=True, backend="aot_eager")(s, z, mask, pair_mask)
     gradient, want = (
