@@ -11,12 +11,15 @@ from biotite.structure.io.pdbx import CIFFile, get_structure
 
 from pairformer_fast.bias import BiasFactors, attention
 from pairformer_fast.bias.certificate import certify
+from pairformer_fast.inference.compare import compare_structures
 from pairformer_fast.inference.fasta import read_fasta
 from pairformer_fast.inference.predict import Predictor
-from pairformer_fast.inference.regress import Regression, bundled_golden, regress
+from pairformer_fast.inference.regress import GOLDEN_CA_RMSD, Regression, bundled_golden, regress
 from pairformer_fast.inference.settings import FoldSettings, Precision
+from pairformer_fast.inference.writer import write_mmcif
 
-SETTINGS = FoldSettings(device="cpu", precision=Precision.FP32)
+SETTINGS = FoldSettings(bias="svd", device="cpu", precision=Precision.FP32)
+"""With factors: what acceleration may change is what they change."""
 ACCELERATED_GATES = {"accelerated to reference, CA RMSD (Å)", "accelerated to reference, lDDT-CA"}
 
 
@@ -56,11 +59,22 @@ def test_accelerated_path_uses_factors_within_its_tolerance():
     job = next(job for job in read_fasta(bundled_golden() / "golden.fasta") if job.id == "rituximab_VL")
     reports = Predictor(SETTINGS).predict(job, SETTINGS.accelerated).reports
     factors = [report for report in reports if report["choice"] == "factors"]
-    assert len(factors) >= len(reports) // 4
+    assert len(factors) >= len(reports) // 2
     for report in factors:
         assert max(report["probed_mean"]) <= SETTINGS.accelerated.tolerance
         assert all(probed <= bound + 1e-5 for probed, bound in zip(report["probed_max"], report["bound"], strict=True))
-        assert max(report["rank"]) <= job.length // 2
+        for head, rank in enumerate(report["rank"]):
+            assert rank == job.length if head in report["dense_heads"] else rank <= job.length // 2
+
+
+def test_the_default_path_is_dense_by_measured_costs_and_folds_as_the_reference(tmp_path):
+    job = next(job for job in read_fasta(bundled_golden() / "golden.fasta") if job.id == "rituximab_VL")
+    settings = FoldSettings(device="cpu", precision=Precision.FP32)
+    result = Predictor(settings).predict(job, settings.accelerated)
+    assert {report["choice"] for report in result.reports} == {"dense"}
+    assert all("with factors of rank" in report["reason"] for report in result.reports)
+    write_mmcif(tmp_path / "a.cif", job, result.prediction, "")
+    assert compare_structures(tmp_path / "a.cif", bundled_golden() / f"{job.id}.cif").ca_rmsd < GOLDEN_CA_RMSD
 
 
 def rank_one(outcome, bias, mask):
