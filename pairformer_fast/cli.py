@@ -274,13 +274,14 @@ def _fold_table(report: RunReport) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         title="accelerated structure against the reference's",
         caption=(
             "N residues; RMSD of CA in Å; lDDT of CA; pLDDT of the accelerated structure; "
             "calls of attention with factors; seconds of both paths"
         ),
     )
-    table.add_column("job", overflow="fold", min_width=12)
+    table.add_column("job", overflow="fold", min_width=10)
     for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "factors", "fast", "ref.", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:

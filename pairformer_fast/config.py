@@ -76,15 +76,16 @@ class AttentionConfig(Frozen):
     bias : BiasMethod
         ``dense`` keeps the N x N bias; ``svd`` replaces it by the best factors of their rank, ``randomised`` by nearly
         the best ones for less, ``structured`` by a table of relative positions and factors, ``landmark`` by factors
-        from rows and columns at a few tokens; ``auto`` takes those of ``svd`` where they meet ``tolerance`` at a rank
-        that can pay, and the dense bias elsewhere and wherever Triton kernels run; ``learned`` takes factors
+        from rows and columns at a few tokens; ``auto`` takes factors where measured costs say that they pay
+        (:mod:`pairformer_fast.bias.policy`), and the dense bias elsewhere; ``learned`` takes factors
         of the networks that are attached to the model (:func:`~pairformer_fast.bias.attach_factors`), at their rank,
         and never computes the N x N bias.
     rank : int, optional
         Fixed rank for every head. Excludes a search by tolerance.
     tolerance : float
         Largest accepted mean total variation between the attention weights of the dense bias and of its
-        factors (0 to 1), measured on a sample of rows, or guaranteed by tanh(eps/2) if ``certified``.
+        factors (0 to 1), measured on a sample of rows, or guaranteed by tanh(eps/2) if ``certified``. Each head
+        gets the least rank that meets it, or keeps the dense bias if that is above N / 2.
     certified : bool
         Use the hard bound of the certificate instead of the probe.
     graphs : bool

@@ -168,7 +168,7 @@ def _rounded(value: Any) -> Any:
 def _attentions(model: FoldingModel, path: Path, device: torch.device) -> dict[str, AttentionConfig]:
     """How pair biases are treated; factor networks are attached to weights that were trained with them."""
     if not trained_with_factors(path):
-        return {"reference": AttentionConfig.reference(), "pairformer_fast auto": AttentionConfig()}
+        return {"reference": AttentionConfig.reference(), "pairformer_fast svd": AttentionConfig(bias=BiasMethod.SVD)}
     attach_factors(model, load_factors(side_file(path), model, path).to(device))
     reference = AttentionConfig(backend=Backend.REFERENCE, bias=BiasMethod.LEARNED)
     return {"reference": reference, "pairformer_fast learned": AttentionConfig(bias=BiasMethod.LEARNED)}

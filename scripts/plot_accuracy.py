@@ -66,7 +66,7 @@ def accuracy(measured: Measured) -> list[str]:
     heads = ("hold-out", "structures", *NAMES_OF_SCORES.values(), "mean absolute error of pLDDT")
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for (_, impl), row in measured.items():
-        name = {REFERENCE: "reference", "pairformer_fast auto": "`--bias auto`"}.get(impl, impl.split()[-1])
+        name = f"`--bias {impl.split()[-1]}`" if impl.startswith("pairformer_fast") else impl
         made = {} if impl == CRYSTAL else {name: row}
         if impl == REFERENCE:
             made["reference, as `fold` writes it"] = row["written"]

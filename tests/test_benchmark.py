@@ -49,6 +49,24 @@ def test_rows_of_ours(script, ours, meter, problem, rows: int | None) -> None:
         assert row["gradients_checked_at"]["n"] == 70
 
 
+def test_rows_of_a_cpu(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("benchmark_attention_cpu")
+    for name, value in {"REPEATS": 2, "RANKS_N": 20, "RANKS": (4,), "SHARES": (0.5,), "ROWS": 8}.items():
+        monkeypatch.setattr(module, name, value)
+    threads = torch.get_num_threads()
+    try:
+        rows = list(module.attention_cpu_rows((16,), "0000000"))
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(json.dumps(rows)) == rows
+    kinds = {"no bias", "factors", "mixed", "dense"}
+    assert {row["bias"] for row in rows if row["section"] == "sizes"} == kinds
+    assert {(row["form"], row["impl"].split()[1]) for row in rows if row["op"] == "factorisation"} == {
+        (form, f"{method},") for form in ("triangle", "single") for method in ("randomised", "svd")
+    }
+    assert all(row["ms_median"] > 0 and row.get("rel_error", 0) < 1e-5 for row in rows)
+
+
 def test_what_cannot_be_captured_is_timed_eagerly(script, ours, meter, problem, monkeypatch) -> None:
     def refuse(call, fault):
         raise script("benchmark_gpu").NotCaptured("it waits for the device")

@@ -116,6 +116,8 @@ def test_table_keeps_ids_and_numbers_within_80_columns(fake_model, run, fasta, t
     monkeypatch.setattr(cli, "Console", partial(Console, width=80))
     _, out, _ = run("fold", fasta(f">{name}\n{ONE}\n"), tmp_path / "out")
     assert "…" not in out
+    for column in ("RMSD", "lDDT", "TM", "pLDDT", "factors", "fast", "ref.", "speed-up"):
+        assert column in out
     assert name in "".join(line.split()[0] for line in out.splitlines() if line.split() and line.split()[0] in name)
 
 

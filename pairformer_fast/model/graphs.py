@@ -92,7 +92,7 @@ class GraphedPairformer:
         if not all(core.learned or keeps_dense(core.config, z[..., :1]) for core in self._cores()):
             raise RuntimeError(
                 "a bias is decomposed by asking the host, which a CUDA graph cannot hold: set bias 'dense', 'learned', "
-                "or 'auto' with backend 'triton'"
+                "or 'auto' where its costs keep the dense bias"
             )
 
     def _capture(self, s: Tensor, z: Tensor, size: int) -> _Captured:

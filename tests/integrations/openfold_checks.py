@@ -70,7 +70,7 @@ def test_factors_of_full_rank_change_nothing_and_of_low_rank_report_their_error(
 
 def test_training_through_a_decomposition_is_refused():
     model, batch = block().train(), inputs(17)
-    with accelerate(model), pytest.raises(RuntimeError, match="bias='dense'"):
+    with accelerate(model, AttentionConfig(bias="svd")), pytest.raises(RuntimeError, match="bias='dense'"):
         gradients(model, batch)
 
 

@@ -255,7 +255,7 @@ def test_padding_is_finite_and_does_not_reach_other_pairs():
 
 def test_training_through_a_decomposition_is_refused():
     model, batch = block("Pairformer").train(), inputs(17)
-    with accelerate(model), pytest.raises(RuntimeError, match="bias='dense'"):
+    with accelerate(model, AttentionConfig(bias="svd")), pytest.raises(RuntimeError, match="bias='dense'"):
         gradients(model, batch)
 
 

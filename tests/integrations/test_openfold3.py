@@ -208,7 +208,7 @@ def test_tolerance_chooses_the_rank_and_configure_changes_it():
 
 def test_training_through_a_decomposition_is_refused():
     model, batch = block().train(), inputs(17)
-    with accelerate(model), pytest.raises(RuntimeError, match="bias='dense'"):
+    with accelerate(model, AttentionConfig(bias="svd")), pytest.raises(RuntimeError, match="bias='dense'"):
         gradients(model, batch)
 
 

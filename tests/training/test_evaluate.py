@@ -122,8 +122,8 @@ def test_teacher_structures_are_known_before_anything_is_folded(
     write_shard(tmp_path / "teacher.safetensors", [known])
     rows = list(accuracy.accuracy_rows(tmp_path, None, tmp_path / "teacher.safetensors"))
     splits = {split: [row["impl"] for row in rows if row["split"] == split] for split in ("val", "crystal")}
-    assert splits["val"] == ["crystal structure", "reference", "pairformer_fast auto"]
-    assert splits["crystal"] == ["crystal structure", "flash-abb", "reference", "pairformer_fast auto"]
+    assert splits["val"] == ["crystal structure", "reference", "pairformer_fast svd"]
+    assert splits["crystal"] == ["crystal structure", "flash-abb", "reference", "pairformer_fast svd"]
     assert rows[4]["rmsd"] > 1
     assert rows[5]["rmsd"] < 0.01
 
