@@ -265,8 +265,9 @@ class PairBiasAttention(Configured):
         self.report.clear()
 
     def _check_gradient(self, q: Tensor, bias: Tensor) -> None:
-        passes = self.config.bias is BiasMethod.LEARNED or keeps_dense(self.config, q)
-        if not passes and torch.is_grad_enabled() and bias.requires_grad:
+        if not (torch.is_grad_enabled() and bias.requires_grad):
+            return
+        if self.config.bias is not BiasMethod.LEARNED and not keeps_dense(self.config, q):
             raise RuntimeError(
                 f"bias method '{self.config.bias}' does not pass gradients to the bias; train with "
                 "AttentionConfig(bias='dense'), or run inference under torch.no_grad()"

@@ -1,9 +1,9 @@
 """What a pair bias becomes in attention: which rank each head needs, and whether factors are worth it.
 
 ``auto`` asks the measured costs of its device (:mod:`pairformer_fast.bias.costs`) before it touches a bias. Factors are
-made only of ranks at which attention and making them together take less time than attention with the dense bias,
-and only where making them takes no more than :data:`LARGEST_LOSS` of that time: so much is lost if they then miss the
-tolerance. By the tables shipped no rank of any size passes:
+made only of ranks at which attention and the search up to them together take less time than attention with the dense
+bias, and only where the whole search takes no more than :data:`LARGEST_LOSS` of that time: so much is lost if every
+rank then misses the tolerance. By the tables shipped no rank of any size passes:
 
 * With Triton on an H100 factors of rank 32 take 0.89 to 0.99 of the time of the dense bias in triangle attention. Up to
   2048 tokens making and judging them takes more than that saves. At 4096 both together would take 0.94, but a search
@@ -19,6 +19,7 @@ user names a method, heads that miss the tolerance keep their bias without askin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,8 +73,6 @@ class Plan:
     @classmethod
     def of(cls, config: AttentionConfig, q: Tensor, form: str) -> Plan:
         """Plan for attention of one of :data:`~pairformer_fast.bias.costs.FORMS`, of as many tokens as ``q`` has."""
-        if config.bias is BiasMethod.DENSE:
-            return cls([], "asked for")
         tokens = q.shape[-3]
         limit = int(LARGEST_RANK_SHARE * tokens)
         if config.bias is BiasMethod.AUTO:
@@ -89,23 +88,31 @@ def _ladder(limit: int) -> list[int]:
 @torch.compiler.assume_constant_result
 def _paying(rank: int | None, limit: int, backend: Backend, device: str, form: str, tokens: int) -> Plan:
     """The plan of ``auto``: of the given rank, or of all up to a limit, those that pay."""
+    return _by_costs(rank, limit, backend, device, form, tokens)
+
+
+@cache
+def _by_costs(rank: int | None, limit: int, backend: Backend, device: str, form: str, tokens: int) -> Plan:
     costs = measured_costs(backend, device)
     if costs is None:
         return Plan([], f"what factors cost with backend '{backend}' on {device} was not measured")
     ranks = [one for one in (_ladder(limit) if rank is None else [rank]) if one <= limit]
     times = {one: time for one in ranks if (time := costs.factors(form, tokens, one)) is not None}
     if not times:
-        return Plan([], f"no rank up to {limit}, half of the tokens, was measured")
+        return Plan([], f"no measured rank that could be tried is at most {limit}, half of the tokens")
     making, least = costs.making(form, tokens), min(times, key=lambda one: times[one])
     predicted = (
         f"{form} attention of {tokens} tokens with factors of rank {least} would take {times[least]:.2f} of the time "
         f"with the dense bias, and making them {making:.2f} (measured on {costs.device})"
     )
-    paying = [one for one, time in times.items() if time + making < 1]
+    paying: list[int] = []
+    for one, time in times.items():
+        if time + (len(paying) + 1) * making < 1:
+            paying.append(one)
     if not paying:
         return Plan([], predicted)
-    if making > LARGEST_LOSS:
-        return Plan([], f"{predicted}: more than the {LARGEST_LOSS:.0%} that may be lost if they miss the tolerance")
+    if len(paying) * making > LARGEST_LOSS:
+        return Plan([], f"{predicted}: a search of {len(paying)} ranks in vain would lose more than {LARGEST_LOSS:.0%}")
     return Plan(paying, f"no head is within the tolerance at a rank up to {paying[-1]}, the largest that pays")
 
 
@@ -138,9 +145,9 @@ class Factorization:
 
 def keeps_dense(config: AttentionConfig, q: Tensor) -> bool:
     """Whether the bias stays dense whatever it is, in any form of attention of as many tokens as ``q`` has."""
-    return config.bias in (BiasMethod.AUTO, BiasMethod.DENSE) and not any(
-        Plan.of(config, q, form).ranks for form in FORMS.values()
-    )
+    if config.bias is BiasMethod.AUTO:
+        return not any(Plan.of(config, q, form).ranks for form in FORMS.values())
+    return config.bias is BiasMethod.DENSE
 
 
 @torch.no_grad()
@@ -176,12 +183,13 @@ def factorize(
     ValueError
         If the bias is NaN or infinite where both tokens are kept; one that stays dense by plan is not looked at.
     """
-    form = FORMS[q.ndim]
+    if config.bias is BiasMethod.DENSE:
+        return Factorization(bias, reason="asked for")
+    automatic, form = config.bias is BiasMethod.AUTO, FORMS[q.ndim]
+    method = AUTO_METHOD if automatic else checked_method(config.bias)
     plan = Plan.of(config, q, form)
     if not plan.ranks:
         return Factorization(bias, reason=plan.reason)
-    automatic = config.bias is BiasMethod.AUTO
-    method = AUTO_METHOD if automatic else checked_method(config.bias)
     check_finite(bias, mask)
 
     with torch.autocast(bias.device.type, enabled=False):

@@ -138,13 +138,15 @@ def test_auto_is_dense_where_nothing_was_measured():
 def cheap(monkeypatch):
     """Set what attention with factors, with dense tiles, and making factors cost, relative to the dense bias."""
 
-    def use(factors=0.8, mixed=0.9, making=0.02, by_rank=None):
+    def use(factors=0.8, mixed=0.9, making=0.005, by_rank=None):
         times = {"dense": {64: 1.0}, "factors": {64: factors}, "mixed": {64: mixed}, "making": {64: making}}
         table = shipped()["cpu"].model_dump() | {"triangle": times, "single": times, "device": "a machine"}
         table |= {"by_rank": by_rank or {4: 1.0, 32: 1.0}, "by_share": {0.0: 1.0, 0.25: 1.0, 1.0: 1.0}}
         monkeypatch.setattr(policy, "measured_costs", lambda *_: AttentionCosts.model_validate(table))
+        policy._by_costs.cache_clear()
 
-    return use
+    yield use
+    policy._by_costs.cache_clear()
 
 
 def test_auto_takes_the_least_rank_per_head_where_factors_pay(cheap):
@@ -180,7 +182,7 @@ def test_auto_keeps_a_head_dense_only_if_that_pays(cheap):
             {"factors": 0.99, "making": 0.02},
             "with factors of rank 4 would take 0.99 .* making them 0.02 .measured on a machine",
         ),
-        ({"factors": 0.8, "making": 0.04}, "would take 0.80 .* making them 0.04 .*more than the 3% that may be lost"),
+        ({"factors": 0.8, "making": 0.01}, "would take 0.80 .* making them 0.01 .*a search of 5 ranks .* more than 3%"),
     ],
 )
 def test_auto_loses_no_more_than_it_may(cheap, costs, reason, monkeypatch):
@@ -213,6 +215,10 @@ def test_auto_keeps_the_dense_bias_if_a_fixed_rank_misses_the_tolerance_or_canno
 def test_dense_and_learned():
     bias, (q, k, _) = graded_bias(), make_qkv(1, 63, 63, 3, 8)
     assert factorize(bias, AttentionConfig(bias=BiasMethod.DENSE), q, k, None).for_attention is bias
+    for tokens in (63, 1):
+        one = bias[..., :tokens, :tokens], *(x[:, :, :tokens] for x in (q, k))
+        with pytest.raises(MissingFactorNetworksError):
+            factorize(one[0], AttentionConfig(bias="learned"), *one[1:], None)
     with pytest.raises(ValueError, match=r"no factor networks.*'svd', 'auto' or 'dense'") as caught:
         factorize(bias, AttentionConfig(bias="learned"), q, k, None)
     assert isinstance(caught.value, MissingFactorNetworksError | LookupError)
