@@ -281,7 +281,7 @@ def _fold_table(report: RunReport) -> Table:
             "calls of attention with factors; seconds of both paths"
         ),
     )
-    table.add_column("job", overflow="fold", min_width=10)
+    table.add_column("job", overflow="fold", min_width=11)
     for name in ("N", "RMSD", "lDDT", "TM", "pLDDT", "factors", "fast", "ref.", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     for job in report.jobs:
@@ -299,7 +299,7 @@ def _fold_row(job: JobReport) -> list[str]:
         str(job.residues),
         _number(job.ca_rmsd, 3),
         _number(job.lddt_ca, 4),
-        _number(job.tm_score, 4),
+        _number(job.tm_score, 3),
         _number(first.mean_plddt, 1),
         f"{first.factors}/{first.factors + first.dense}",
         _number(seconds.get("flashbias"), 2),
