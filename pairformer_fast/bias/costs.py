@@ -41,7 +41,7 @@ class AttentionCosts(Frozen):
     ----------
     sources : list of str
     device, torch, triton, commit : str
-        Where the times come from: bf16 on a GPU with Triton and Gluon kernels, fp32 on one thread of a CPU with
+        Where the times come from (those of making factors may be of another commit): bf16 on a GPU with Triton and Gluon kernels, fp32 on one thread of a CPU with
         PyTorch's fused attention.
     method : BiasMethod
         What makes the factors.

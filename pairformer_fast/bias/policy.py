@@ -7,7 +7,7 @@ rank then misses the tolerance. By the tables shipped no rank of any size passes
 
 * With Triton on an H100 factors of rank 32 take 0.89 to 0.99 of the time of the dense bias in triangle attention. Up to
   2048 tokens making and judging them takes more than that saves. At 4096 both together would take 0.93, but a search
-  that ends without factors 0.04. With a quarter of the tiles dense attention takes 1.06 to 1.15.
+  that ends without factors 0.037 for each rank. With a quarter of the tiles dense attention takes 1.06 to 1.15.
 * On one thread of a Xeon PyTorch's fused triangle attention takes 1.7 to 3.2 times as long with factors of rank 32 as
   with the dense bias, and at rank 4 still 1.08 times or more. For attention of single tokens making them takes 17 times
   as long as attention or more.
