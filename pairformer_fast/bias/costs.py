@@ -41,8 +41,8 @@ class AttentionCosts(Frozen):
     ----------
     sources : list of str
     device, torch, triton, commit : str
-        Where the times come from: bf16 on a GPU with Triton and Gluon kernels, fp32 on one thread of a CPU with PyTorch's
-        fused attention. Those of making factors may be of another commit.
+        Where the times come from: bf16 on a GPU with Triton and Gluon kernels, fp32 on one thread of a CPU with
+        PyTorch's fused attention. Those of making factors may be of another commit.
     method : BiasMethod
         What makes the factors.
     rank, share : int, float
