@@ -13,6 +13,7 @@ from pairformer_fast import cli
 from pairformer_fast.features import TokenFeatures
 from pairformer_fast.inference import regress
 from pairformer_fast.inference.writer import write_mmcif
+from pairformer_fast.model.checkpoint import default_checkpoint
 
 from .inference.conftest import fake_model, fasta
 from .inference.fakes import helix, make_job
@@ -189,7 +190,8 @@ def test_regress_updates_passes_and_fails(fake_model, run, tmp_path, monkeypatch
 def test_learned_factors_are_refused_before_the_model_is_loaded(tmp_path):
     source = tmp_path / "in.fasta"
     source.write_text(f">a\n{ONE}\n")
-    result = run_process("fold", source, tmp_path / "out", "--bias", "learned", cwd=tmp_path)
+    options = ["--bias", "learned", "--checkpoint", default_checkpoint()]
+    result = run_process("fold", source, tmp_path / "out", *options, cwd=tmp_path)
     assert result.returncode == 2
     assert "no factor networks" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -130,7 +130,7 @@ def inspect_biases(
     out = Path(out)
     check_output(out, jobs)
     check_request(jobs, settings)
-    if networks_file(settings, resolve_checkpoint(settings.checkpoint)) is not None:
+    if networks_file(settings, resolve_checkpoint(settings)) is not None:
         raise InputError("learned factors come without a dense bias, which is what inspect looks at; drop bias learned")
     predictor = Predictor(settings)
     run = RunReport.start(jobs, settings, predictor, {ACCELERATED: attention})

@@ -89,7 +89,7 @@ def check_request(jobs: list[Job], settings: FoldSettings) -> None:
         Also if the device or the checkpoint does not exist.
     """
     device = resolve_device(settings.device)
-    checkpoint = resolve_checkpoint(settings.checkpoint)
+    checkpoint = resolve_checkpoint(settings)
     config = read_model_config(checkpoint)
     networks_file(settings, checkpoint)
     check_domain(jobs, config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast import bias as pair_bias
-from pairformer_fast.config import AttentionConfig, ModelConfig
+from pairformer_fast.config import AttentionConfig, BiasMethod, ModelConfig
 from pairformer_fast.features import Prediction, TokenFeatures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
@@ -62,15 +62,17 @@ def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     return precision
 
 
-def resolve_checkpoint(path: Path | None) -> Path:
-    """Path of the weights to use.
+def resolve_checkpoint(settings: FoldSettings) -> Path:
+    """Path of the weights to use; bundled ones fit the bias, unless factor networks come from elsewhere.
 
     Raises
     ------
     InputError
         If there is no such file.
     """
-    chosen = checkpoint.default_checkpoint() if path is None else path
+    path = settings.checkpoint
+    bias = settings.bias if settings.factors is None else BiasMethod.DENSE
+    chosen = checkpoint.default_checkpoint(bias) if path is None else path
     if not chosen.is_file():
         hint = "this installation lacks its weights; pass --checkpoint FILE" if path is None else "no such file"
         raise InputError(f"checkpoint {chosen}: {hint}")
@@ -117,7 +119,7 @@ class Predictor:
             need_openmm()
         self.device = resolve_device(settings.device)
         self.precision = resolve_precision(settings.precision, self.device)
-        self.checkpoint = resolve_checkpoint(settings.checkpoint)
+        self.checkpoint = resolve_checkpoint(settings)
         try:
             model = checkpoint.load_checkpoint(self.checkpoint)
         except checkpoint.CheckpointError as error:

@@ -60,7 +60,8 @@ class FoldSettings(Frozen):
     compare : bool, optional
         Also predict with the reference and compare. By default yes, unless ``attention`` is ``reference``.
     checkpoint : Path, optional
-        Weights; the bundled ones if omitted. OpenFold3 needs one of its own.
+        Weights; the bundled ones if omitted, for ``learned`` those that were trained with factors. OpenFold3 needs one
+        of its own.
     factors : Path, optional
         Factor networks for ``bias`` ``learned``; those beside the checkpoint if omitted.
     msa_dir : Path, optional

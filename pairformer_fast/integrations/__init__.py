@@ -40,7 +40,7 @@ def accelerate(
     config : AttentionConfig, optional
         How to compute attention, and what becomes of the pair bias; ``AttentionConfig()`` if omitted. A
         decomposition passes no gradient to the bias: training needs ``AttentionConfig(bias="dense")``, ``"learned"``,
-        or ``"auto"`` on a GPU.
+        or ``"auto"`` where it is dense (:mod:`pairformer_fast.bias.policy`).
     factors : FactorNetworks or path, optional
         For ``AttentionConfig(bias="learned")``: networks of :func:`factor_networks`, or the side file that they were
         saved to. Those of a file are frozen and on the device of the model, others are taken as they are, to be

@@ -234,7 +234,12 @@ class Switch:
         if reports:
             chosen = [report for report in reports if report["choice"] == "factors"]
             worst = max((error for report in chosen for error in report["probed_max"] or ()), default=0.0)
-            ranks = [rank for report in chosen for rank in report["rank"]]
+            ranks = [
+                rank
+                for report in chosen
+                for head, rank in enumerate(report["rank"])
+                if head not in report["dense_heads"]
+            ]
             mean = f", mean rank {sum(ranks) / len(ranks):.1f}, largest probed error {worst:.3g}" if ranks else ""
             logger.info("flashbias: factors in %d of %d calls of attention%s", len(chosen), len(reports), mean)
 

@@ -12,6 +12,7 @@ what a hook on the conditioning makes of the pair representation counts in the f
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ class FastDiffusionTransformer(Keeps, DiffusionTransformer):
         if index in state.dense:
             return dense
         decided = attention.mha.core.decide(q, k, dense, keep)
-        parts = [decided] if isinstance(decided, Tensor) else [decided.phi_q, decided.phi_k, decided.table]
-        size = state.nbytes + sum(part.nbytes for part in parts if part is not None)
+        parts = [decided] if isinstance(decided, Tensor) else [getattr(decided, one.name) for one in fields(decided)]
+        size = state.nbytes + sum(part.nbytes for part in parts if isinstance(part, Tensor))
         if kept.has_room(self) and kept.keep(self, state, size):
             state.nbytes, state.biases[index] = size, decided
         elif isinstance(decided, Tensor):

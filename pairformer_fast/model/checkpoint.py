@@ -22,9 +22,10 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of this package; the message says why."""
 
 
-def default_checkpoint() -> Path:
-    """Path of the bundled antibody weights."""
-    return Path(str(resources.files("pairformer_fast.data") / "weights" / "antibody.safetensors"))
+def default_checkpoint(bias: BiasMethod = BiasMethod.DENSE) -> Path:
+    """Path of the bundled antibody weights; for ``learned`` of those trained with factors, networks beside them."""
+    name = "antibody_learned" if bias is BiasMethod.LEARNED else "antibody"
+    return Path(str(resources.files("pairformer_fast.data") / "weights" / f"{name}.safetensors"))
 
 
 def save_checkpoint(model: FoldingModel, path: str | Path, metadata: dict[str, object]) -> None:

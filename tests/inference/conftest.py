@@ -20,7 +20,7 @@ def fake_model(monkeypatch, tmp_path_factory) -> FakeModel:
     model = FakeModel()
     weights = tmp_path_factory.mktemp("weights") / "fake.safetensors"
     write_header(weights, "any")
-    monkeypatch.setattr(checkpoint, "default_checkpoint", lambda: weights)
+    monkeypatch.setattr(checkpoint, "default_checkpoint", lambda *bias: weights)
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda path: model)
     monkeypatch.setattr(pair_bias, "set_attention", lambda m, config: setattr(m, "attention", config))
     monkeypatch.setattr(pair_bias, "collect_reports", fake_reports)

@@ -77,6 +77,18 @@ def test_the_default_path_is_dense_by_measured_costs_and_folds_as_the_reference(
     assert compare_structures(tmp_path / "a.cif", bundled_golden() / f"{job.id}.cif").ca_rmsd < GOLDEN_CA_RMSD
 
 
+def test_weights_trained_with_factors_fold_as_their_reference_and_as_the_dense_ones(tmp_path):
+    job = next(job for job in read_fasta(bundled_golden() / "golden.fasta") if job.id == "rituximab_VL")
+    predictor = Predictor(FoldSettings(bias="learned", device="cpu", precision=Precision.FP32))
+    for name, path in (("accelerated", predictor.accelerated), ("reference", predictor.reference)):
+        result = predictor.predict(job, path)
+        assert {(report["choice"], *set(report["rank"])) for report in result.reports} == {("factors", 32)}
+        write_mmcif(tmp_path / f"{name}.cif", job, result.prediction, "")
+    assert compare_structures(tmp_path / "accelerated.cif", tmp_path / "reference.cif").ca_rmsd < GOLDEN_CA_RMSD
+    beside = compare_structures(tmp_path / "accelerated.cif", bundled_golden() / f"{job.id}.cif")
+    assert beside.lddt_ca > 0.98
+
+
 def rank_one(outcome, bias, mask):
     u, s, vt = torch.linalg.svd(bias.float(), full_matrices=False)
     return (u[..., :1] * s[..., None, :1]).to(bias.dtype), vt[..., :1, :].mT.to(bias.dtype)
