@@ -41,14 +41,28 @@ Measured = dict[tuple[str, str], Row]
 
 def main(
     rows: Annotated[Path, typer.Option(help="File of scripts/benchmark.py.")] = RESULTS / "accuracy.json",
+    learned: Annotated[Path, typer.Option(help="The same of the weights that were trained with factors.")] = RESULTS
+    / "accuracy_learned.json",
     output: Annotated[Path, typer.Option(help="File to write.")] = RESULTS / "accuracy.svg",
 ) -> None:
     """Calibration of pLDDT, RMSD by region and stereochemistry; prints the tables of the model card."""
-    measured = by_name(read_json(rows, "python scripts/benchmark.py accuracy"))
-    if missing := [split for split in SPLITS if not {REFERENCE, CRYSTAL} <= {i for s, i in measured if s == split}]:
-        raise ValueError(f"{rows} has no rows of {', '.join(missing)}: write it with scripts/benchmark.py accuracy")
+    measured, with_factors = read_rows(rows), read_rows(learned)
     draw(measured).savefig(output, metadata={"Date": None})
-    print(f"wrote {output}; data/weights/README.md has these tables:\n\n" + "\n\n".join(tables(measured)))
+    print(f"wrote {output}; data/weights/README.md has these tables:\n\n" + "\n\n".join(tables(measured, with_factors)))
+
+
+def read_rows(path: Path) -> Measured:
+    """Rows of a file that has both hold-outs.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If it is missing, no JSON or incomplete; the message names the command that makes it.
+    """
+    measured = by_name(read_json(path, "python scripts/benchmark.py accuracy"))
+    if missing := [split for split in SPLITS if not {REFERENCE, CRYSTAL} <= {i for s, i in measured if s == split}]:
+        raise ValueError(f"{path} has no rows of {', '.join(missing)}: write it with scripts/benchmark.py accuracy")
+    return measured
 
 
 def by_name(rows: Sequence[Row]) -> Measured:
@@ -56,9 +70,16 @@ def by_name(rows: Sequence[Row]) -> Measured:
     return {(row["split"], row["impl"]): row for row in rows}
 
 
-def tables(measured: Measured) -> list[str]:
+def tables(measured: Measured, with_factors: Measured) -> list[str]:
     """The tables of the model card, in Markdown."""
-    return ["\n".join(table(measured)) for table in (accuracy, targets, regions, geometry)]
+    made = [
+        accuracy(measured),
+        targets(measured),
+        factors(measured, with_factors),
+        regions(measured),
+        geometry(measured),
+    ]
+    return ["\n".join(table) for table in made]
 
 
 def accuracy(measured: Measured) -> list[str]:
@@ -89,7 +110,7 @@ def targets(measured: Measured) -> list[str]:
             value, shown = row[key]["pearson"], f"{row[key]['pearson']:.2f}"
         else:
             value = row[key]
-            shown = " / ".join(f"{one:.3f}" for one in (value, row[f"{key}_median"], row[f"{key}_worst"]))
+            shown = " / ".join(f"{one:.4f}" for one in (value, row[f"{key}_median"], row[f"{key}_worst"]))
         met = value >= target if sense == ">=" else value <= target
         sign = "≥" if sense == ">=" else "≤"
         lines.append(f"| {_held_out(row)} | {NAMES[key]} | {sign} {target} | {shown} | {_verdict(met)} |")
@@ -98,6 +119,17 @@ def targets(measured: Measured) -> list[str]:
         value, target = ours["geometry_written"][key]["mean"], theirs["geometry"][key]["mean"]
         shown = " / ".join(f"{ours['geometry_written'][key][part]:.3g}" for part in ("mean", "median", "worst"))
         lines.append(f"| {_held_out(ours)} | {name} | ≤ {target:.3g} | {shown} | {_verdict(value <= target)} |")
+    return lines
+
+
+def factors(trained_dense: Measured, trained_with_factors: Measured) -> list[str]:
+    """Scores of weights trained with dense biases and with factors, each by its reference, in Markdown."""
+    lines = ["| hold-out | measure | trained dense | trained with factors | difference |", "| --- " * 5 + "|"]
+    for split in SPLITS:
+        dense, learned = (rows[split, REFERENCE] for rows in (trained_dense, trained_with_factors))
+        for key, name in NAMES_OF_SCORES.items():
+            scores = f"{dense[key]:.4f} | {learned[key]:.4f} | {learned[key] - dense[key]:+.4f}"
+            lines.append(f"| {_held_out(dense)} | {name} | {scores} |")
     return lines
 
 
