@@ -126,14 +126,11 @@ def flashbias_flag() -> Iterator[None]:
             memory[mode][FLAG] = False
             memory[mode][OPTIONS] = default.model_dump(mode="json") | {FACTORS: None}
     # The class itself stays: its name is in the checkpoints.
-    OpenFold3.__init__, OpenFold3.forward = construct_with_flag, forward_with_flag
-    OpenFold3AllAtom.predict_step = predict_if_trained
+    with_flag = _replaced(OpenFold3, __init__=construct_with_flag, forward=forward_with_flag)
     try:
-        with trained_networks():
+        with with_flag, _replaced(OpenFold3AllAtom, predict_step=predict_if_trained), trained_networks():
             yield
     finally:
-        OpenFold3.__init__, OpenFold3.forward = construct, forward
-        OpenFold3AllAtom.predict_step = predict
         with model_config.unlocked():
             for mode in DEFAULTS:
                 del memory[mode][FLAG], memory[mode][OPTIONS]
@@ -272,11 +269,8 @@ def _known_settings() -> Iterator[None]:
             reason = _wrong_setting(model_update.custom, config, "custom") or " ".join(map(str, error.args))
             raise InputError(f"runner YAML: model_update: {reason}") from error
 
-    OF3ProjectEntry.get_model_config_with_update = update_with_known
-    try:
+    with _replaced(OF3ProjectEntry, get_model_config_with_update=update_with_known):
         yield
-    finally:
-        OF3ProjectEntry.get_model_config_with_update = update
 
 
 @contextmanager
@@ -297,13 +291,9 @@ def _usable_checkpoints() -> Iterator[None]:
         except (RuntimeError, ValueError) as error:
             raise InputError(f"checkpoint {self.ckpt_path} does not fit the model: {error}"[:_LONGEST]) from error
 
-    experiment_runner.load_checkpoint = load_readable
-    InferenceExperimentRunner._load_state_dict_with_version_validation = take_fitting
-    try:
+    taking = _replaced(InferenceExperimentRunner, _load_state_dict_with_version_validation=take_fitting)
+    with _replaced(experiment_runner, load_checkpoint=load_readable), taking:
         yield
-    finally:
-        experiment_runner.load_checkpoint = load
-        InferenceExperimentRunner._load_state_dict_with_version_validation = take
 
 
 def _wrong_setting(given: Mapping[str, Any], config: Any, path: str) -> str | None:
@@ -352,8 +342,18 @@ def _failed_queries() -> Iterator[set[str]]:
         failed.update(failed_list)
         write(self, *arguments, failed_list=failed_list, **options)
 
-    OF3OutputWriter._write_summary = write_and_keep
-    try:
+    with _replaced(OF3OutputWriter, _write_summary=write_and_keep):
         yield failed
+
+
+@contextmanager
+def _replaced(owner: Any, **members: Any) -> Iterator[None]:
+    """Within this context members of a module or class of OpenFold3 are others."""
+    kept = {name: getattr(owner, name) for name in members}
+    for name, member in members.items():
+        setattr(owner, name, member)
+    try:
+        yield
     finally:
-        OF3OutputWriter._write_summary = write
+        for name, member in kept.items():
+            setattr(owner, name, member)
