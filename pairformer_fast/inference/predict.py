@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
 from pairformer_fast.inference.learned import attention_paths, networks_file
 from pairformer_fast.inference.measure import Usage, measure
-from pairformer_fast.inference.relaxation import need_openmm, relax
 from pairformer_fast.inference.settings import FoldSettings, Precision
 from pairformer_fast.model import checkpoint
 from pairformer_fast.model.clashes import relieve_clashes
@@ -115,8 +115,7 @@ class Predictor:
     """
 
     def __init__(self, settings: FoldSettings) -> None:
-        if settings.relax:
-            need_openmm()
+        self._relax = _relaxation() if settings.relax else None
         self.device = resolve_device(settings.device)
         self.precision = resolve_precision(settings.precision, self.device)
         self.checkpoint = resolve_checkpoint(settings)
@@ -131,7 +130,6 @@ class Predictor:
             self._attach(self.factors)
         self.recycles = model.config.recycles if settings.recycles is None else settings.recycles
         self.seed = settings.seed
-        self.relax = settings.relax
 
     def _attach(self, file: Path) -> None:
         try:
@@ -167,9 +165,17 @@ class Predictor:
         tokens = features.chain_index.cpu(), features.aatype.cpu()
         atom14 = relieve_clashes(on_host.atom14, on_host.atom14_mask, *tokens)
         on_host = replace(on_host, atom14=atom14)
-        if self.relax:
-            on_host = replace(on_host, atom14=relax(job, on_host))
+        if self._relax is not None:
+            on_host = replace(on_host, atom14=self._relax(job, on_host))
         return PathResult(on_host, usage, pair_bias.collect_reports(self.model))
+
+
+def _relaxation() -> Callable[[Job, Prediction], Tensor]:
+    """Imported where it is asked for: training takes this module, and needs nothing of what relaxation stands on."""
+    from pairformer_fast.inference.relaxation import need_openmm, relax
+
+    need_openmm()
+    return relax
 
 
 def _to_host(tensor: Tensor) -> Tensor:
