@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from benchmark_rows import RESULTS
-from plotting import pyplot
+from plotting import pyplot, running_mean
 
 from pairformer_fast.inference.files import write_atomically
 from pairformer_fast.training.study import SCORES, StudyRun, read_run, summarize
@@ -52,10 +51,9 @@ def draw(summary: dict[str, Any], runs: list[StudyRun]) -> plt.Figure:
         axis.set(ylabel=f"{LABELS[name]} ({summary['split']})", xlim=(-0.6, len(arms) - 0.4))
         axis.set_xticks(range(len(arms)), arms, rotation=20)
     for run in runs:
-        steps, loss = (np.array([row[key] for row in run.curve]) for key in ("step", "total"))
-        width = min(SMOOTHED, len(loss))
-        smooth = np.convolve(loss, np.full(width, 1 / width), "valid")
-        axes[-1].plot(steps[width - 1 :], smooth, color=colours[run.arm], lw=1, alpha=0.8)
+        smooth = running_mean([row["total"] for row in run.curve], SMOOTHED)
+        steps = [row["step"] for row in run.curve][-len(smooth) :]
+        axes[-1].plot(steps, smooth, color=colours[run.arm], lw=1, alpha=0.8)
     axes[-1].set(xlabel="step", ylabel="training loss", yscale="log")
     return figure
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from benchmark_rows import RESULTS
-from plotting import pyplot, read_json
+from plotting import pyplot, read_json, running_mean
 
 from pairformer_fast.user_errors import run_script
 
@@ -39,7 +39,7 @@ def draw(losses: dict[str, list[float]]) -> plt.Figure:
     first, *_ = losses.values()
     window = min(SMOOTHED, len(first))
     for (name, values), style in zip(losses.items(), STYLES, strict=True):
-        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        smooth = running_mean(values, window)
         curves.plot(np.arange(len(smooth)) + window, smooth, label=name, **style)
         if values is not first:
             apart.semilogy(np.arange(len(first)) + 1, relative(values, first), label=name, **(style | {"lw": 1}))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from benchmark_rows import RESULTS, ROOT
-from plotting import pyplot
+from plotting import pyplot, running_mean
 
+from pairformer_fast.training.study import losses, read_log
 from pairformer_fast.user_errors import run_script
 
 plt = pyplot("training")
@@ -34,32 +33,14 @@ def main(
     print(f"wrote {output}")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a training log.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If it is missing or has no row of a step.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no log of scripts/train.py ({error})") from None
-    if not any("total" in row for row in rows if isinstance(row, dict)):
-        raise ValueError(f"{path} has no training step: give a log.jsonl of scripts/train.py")
-    return rows
-
-
 def draw(runs: dict[str, list[dict[str, Any]]]) -> plt.Figure:
     """Running means of the weighted loss and of lDDT-CA in training, with the evaluations of held-out structures."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for colour, (name, rows) in zip(plt.get_cmap("tab10").colors, runs.items(), strict=False):
-        steps = [row for row in rows if "total" in row]
+        steps = losses(rows)
         for axis, key in zip(axes, ("total", "lddt_ca"), strict=True):
-            width = min(SMOOTHED, len(steps))
-            smooth = np.convolve([row[key] for row in steps], np.full(width, 1 / width), "valid")
-            axis.plot([row["step"] for row in steps[width - 1 :]], smooth, color=colour, lw=1, label=name)
+            smooth = running_mean([row[key] for row in steps], SMOOTHED)
+            axis.plot([row["step"] for row in steps[-len(smooth) :]], smooth, color=colour, lw=1, label=name)
         for row in rows:
             for split, scores in row.get("evaluation", {}).items():
                 axes[1].plot(row["step"], scores["lddt"], EVALUATED[split], color=colour)

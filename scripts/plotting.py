@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 
 def pyplot(salt: str) -> ModuleType:
@@ -20,6 +23,12 @@ def pyplot(salt: str) -> ModuleType:
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def running_mean(values: Sequence[float], width: int) -> np.ndarray:
+    """Means of ``width`` (at most all) values that follow one another; the first is that of the leading ones."""
+    width = min(width, len(values))
+    return np.convolve(values, np.full(width, 1 / width), "valid")
 
 
 def read_json(path: Path, made_by: str) -> Any:

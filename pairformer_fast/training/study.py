@@ -37,6 +37,30 @@ class StudyRun:
     curve: list[dict[str, Any]]
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log, of a run that is at its end or not.
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    ValueError
+        If it has no row of a step.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if losses(rows):
+            return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no log of scripts/train.py: {error!r}") from None
+    raise ValueError(f"{path} has no training step: give a log.jsonl of scripts/train.py")
+
+
+def losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with losses, each step once: a run that was stopped logs some twice."""
+    return list({row["step"]: row for row in rows if "total" in row}.values())
+
+
 def read_run(path: Path) -> StudyRun:
     """Run of a log.
 
@@ -52,8 +76,7 @@ def read_run(path: Path) -> StudyRun:
         facts, settings, attention = rows[-1], rows[-1]["train"], rows[-1]["attention"]
         unfinished = facts["step"] < settings["steps"]
         arm = _arm(attention)
-        curve = {row["step"]: row for row in rows if "total" in row}  # a run that was stopped logs some steps twice
-        run = StudyRun(arm, settings["seed"], facts, list(curve.values()))
+        run = StudyRun(arm, settings["seed"], facts, losses(rows))
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a finished run of scripts/train.py: {error!r}") from None
     if unfinished:
