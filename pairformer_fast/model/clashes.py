@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.model.all_atom import AllAtom, vdw_radii
-from pairformer_fast.model.closure import Strain, distance, moved, with_oxygens
+from pairformer_fast.model.closure import Descent, Strain, distance, moved, with_oxygens
 from pairformer_fast.model.residue import CLASH_OVERLAP, RESTYPES
 from pairformer_fast.model.rigid import distances, normalize, turned
 
@@ -71,8 +71,7 @@ def _minimise(start: Tensor, mask: Tensor, chain: Tensor, aatype: Tensor) -> Ten
     motion = torch.zeros(*chain.shape, 6, device=start.device, requires_grad=True)
     turns = torch.zeros(*chain.shape, CHIS, device=start.device, requires_grad=True)
     groups = [{"params": [x], "lr": rate} for x, rate in zip((motion, turns), LEARNING_RATES, strict=True)]
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    descent = Descent(*groups, steps=STEPS)
 
     def placed() -> Tensor:
         return with_oxygens(moved(side_chains.turned(start, turns), motion), strain.bonded)
@@ -85,11 +84,7 @@ def _minimise(start: Tensor, mask: Tensor, chain: Tensor, aatype: Tensor) -> Ten
         points = atoms.flatten(1, 2)
         overlap = (least - distance(points[structure, first], points[structure, second])).relu()
         loss = strain(atoms[:, :, :3]) + TURN * turns.square().sum() + OVERLAP * overlap.square().sum()
-        loss = loss + BOND * _disulfide_strain(atoms, bridges)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        descent.step(loss + BOND * _disulfide_strain(atoms, bridges))
     with torch.no_grad():
         return placed()
 

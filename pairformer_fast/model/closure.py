@@ -7,6 +7,8 @@ plus restraints on the distances across each peptide bond (bond, both angles, tr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,18 +54,28 @@ def close_peptides(atom14: Tensor, chain_index: Tensor, aatype: Tensor) -> Tenso
 def _minimise(start: Tensor, chain: Tensor, aatype: Tensor) -> Tensor:
     strain, near = Strain(start, chain, aatype, RESTRAINT), _close_pairs(start[:, :, 1], chain)
     motion = torch.zeros(*chain.shape, 6, device=start.device, requires_grad=True)
-    optimizer = torch.optim.Adam([motion], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    descent = Descent({"params": [motion], "lr": LEARNING_RATE}, steps=STEPS)
     for _ in range(STEPS):
         backbone = moved(start[:, :, :3], motion)
         clash = (_CA_APART - distance(backbone[near[0], near[1], 1], backbone[near[0], near[2], 1])).relu()
-        loss = strain(backbone) + RESTRAINT * clash.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        descent.step(strain(backbone) + RESTRAINT * clash.square().sum())
     with torch.no_grad():
         return with_oxygens(moved(start, motion), strain.bonded)
+
+
+class Descent:
+    """Adam on groups of parameters, whose learning rates fall to zero over the steps."""
+
+    def __init__(self, *groups: dict[str, Any], steps: int) -> None:
+        self._optimizer = torch.optim.Adam(groups)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient of a loss."""
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
 
 
 class Strain:
