@@ -59,6 +59,7 @@ from pairformer_fast.integrations.openfold3_sampling import around_sampler, samp
 from pairformer_fast.integrations.openfold3_stack import FastPairFormerStack
 from pairformer_fast.integrations.openfold3_transitions import (
     FastSwiGLUTransition,
+    has_kernel_parameters,
     is_transition,
     transition_obstacle,
 )
@@ -336,14 +337,12 @@ def _learnable(targets: Iterable[Target], blocks: set[str]) -> Iterator[tuple[st
 
 
 def _takes(layer: nn.Module) -> bool:
-    """Whether the operations here can stand for a layer: no offset in a linear layer, and a scale in a layer norm."""
+    """Whether the operations here can stand for a layer."""
     if type(layer) not in _KNOWN:
         return False
-    if isinstance(layer, Linear):
-        return layer.bias is None and layer.precision is None
     if isinstance(layer, Attention):
         return layer.linear_g is not None
-    return not isinstance(layer, LayerNorm) or layer.weight is not None
+    return has_kernel_parameters(layer)
 
 
 def _target(path: str, module: nn.Module) -> Target:

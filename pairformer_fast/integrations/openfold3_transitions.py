@@ -90,8 +90,11 @@ def _takes(part: nn.Module) -> bool:
         return False
     if isinstance(part, SwiGLUTransition):
         return True
-    if intervened(part):
-        return False
-    if isinstance(part, Linear):
-        return part.bias is None and part.precision is None
-    return not isinstance(part, LayerNorm) or part.weight is not None
+    return not intervened(part) and has_kernel_parameters(part)
+
+
+def has_kernel_parameters(layer: nn.Module) -> bool:
+    """Whether a layer has what the operations take: no offset in a linear layer, and a scale in a layer norm."""
+    if isinstance(layer, Linear):
+        return layer.bias is None and layer.precision is None
+    return not isinstance(layer, LayerNorm) or layer.weight is not None
