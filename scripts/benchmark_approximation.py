@@ -15,7 +15,7 @@ import torch
 from benchmark_rows import machine
 from torch import Tensor
 
-from pairformer_fast.bias import Decision, PairBiasAttention, observed_decisions, set_attention
+from pairformer_fast.bias import Decision, PairBiasAttention, factor_ranks, observed_decisions, set_attention
 from pairformer_fast.bias.certificate import kept_pairs, kept_tokens
 from pairformer_fast.bias.toeplitz import toeplitz
 from pairformer_fast.config import AttentionConfig, Backend
@@ -180,7 +180,7 @@ def attention_errors(decision: Decision) -> Row:
     report, factors = decision.report, decision.outcome.factors
     if factors is None:
         return {"choice": report.choice, "rank": round(fmean(report.rank), 1)}
-    ranks = [rank for head, rank in enumerate(report.rank) if head not in report.dense_heads]
+    ranks = factor_ranks(report.rank, report.dense_heads)
     return {
         "choice": report.choice,
         "rank": round(fmean(ranks), 1),

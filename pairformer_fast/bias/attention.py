@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -82,6 +82,11 @@ class BiasReport:
         cost = predicted_cost(backend, q, factors.phi_q.shape[-1], float(dense.float().mean()))
         some = tuple(dense.any(0).nonzero().flatten().tolist())
         return cls("factors", backend.value, rank, eps, bound, mean, std, largest, cost, some)
+
+
+def factor_ranks(rank: Iterable[int], dense_heads: Container[int]) -> list[int]:
+    """Of a report's ranks those of heads with factors."""
+    return [value for head, value in enumerate(rank) if head not in dense_heads]
 
 
 @dataclass(frozen=True, eq=False)

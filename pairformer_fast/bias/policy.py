@@ -28,12 +28,12 @@ from pairformer_fast.bias.certificate import TILE, Certificate
 from pairformer_fast.bias.costs import FORMS, measured_costs
 from pairformer_fast.bias.factors import BiasFactors
 from pairformer_fast.bias.methods import (
-    RANK_LADDER,
     Candidate,
     candidates,
     certified_error,
     check_finite,
     checked_method,
+    full_ladder,
     least_rank,
     probed_error,
 )
@@ -82,7 +82,7 @@ class Plan:
 
 
 def _ladder(limit: int) -> list[int]:
-    return sorted({rank for rank in (*RANK_LADDER, limit) if 0 < rank <= limit})
+    return full_ladder(limit) if limit else []
 
 
 @torch.compiler.assume_constant_result

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import Field
 
+from pairformer_fast.bias import factor_ranks
 from pairformer_fast.bias.learned import sha256
 from pairformer_fast.config import AttentionConfig, Frozen
 from pairformer_fast.inference.compare import Comparison
@@ -104,9 +105,7 @@ class PathReport(Frozen):
     def of(cls, result: Measured) -> PathReport:
         """Summary of a prediction."""
         factors = [report for report in result.reports if report["choice"] == "factors"]
-        ranks = [
-            rank for report in factors for head, rank in enumerate(report["rank"]) if head not in report["dense_heads"]
-        ]
+        ranks = [rank for report in factors for rank in factor_ranks(report["rank"], report["dense_heads"])]
         costs = [report["predicted_cost"] for report in result.reports if report["predicted_cost"] is not None]
         return cls(
             seconds=result.usage.seconds,

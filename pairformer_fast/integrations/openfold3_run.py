@@ -35,7 +35,7 @@ from openfold3.projects.of3_all_atom.runner import OpenFold3AllAtom
 from openfold3.run_openfold import cli
 from pydantic import ValidationError
 
-from pairformer_fast.bias import FactorNetworks, FactorsError
+from pairformer_fast.bias import FactorNetworks, FactorsError, factor_ranks
 from pairformer_fast.config import AttentionConfig, BiasMethod
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.acceleration import Acceleration, explain, read_config
@@ -231,12 +231,7 @@ class Switch:
         if reports:
             chosen = [report for report in reports if report["choice"] == "factors"]
             worst = max((error for report in chosen for error in report["probed_max"] or ()), default=0.0)
-            ranks = [
-                rank
-                for report in chosen
-                for head, rank in enumerate(report["rank"])
-                if head not in report["dense_heads"]
-            ]
+            ranks = [rank for report in chosen for rank in factor_ranks(report["rank"], report["dense_heads"])]
             mean = f", mean rank {sum(ranks) / len(ranks):.1f}, largest probed error {worst:.3g}" if ranks else ""
             logger.info("flashbias: factors in %d of %d calls of attention%s", len(chosen), len(reports), mean)
 
