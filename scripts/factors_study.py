@@ -33,8 +33,9 @@ def main(
     figure = draw(summary, runs)
     write_atomically(output, json.dumps(summary, indent=1) + "\n")
     figure.savefig(output.with_suffix(".svg"), metadata={"Date": None})
-    for arm in summary["arms"]:
-        print(arm["arm"], {name: value for name, value in arm.items() if name.startswith(SCORES)})
+    for section in ("arms", "equal_time"):
+        for arm in summary.get(section, ()):
+            print(section, arm["arm"], {name: value for name, value in arm.items() if name.startswith(SCORES)})
     print(f"wrote {output} and {output.with_suffix('.svg')}")
 
 

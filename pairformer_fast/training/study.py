@@ -14,6 +14,8 @@ DENSE = "dense"
 
 _OWN = {"seed"}
 """Settings in which runs of a study differ."""
+_EQUAL_SECONDS = 0.01
+"""Relative difference of seconds that counts as the same time."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,15 @@ class StudyRun:
         The last row, with the evaluation.
     curve : list of dict
         The rows before it: losses by step.
+    stops : list of dict
+        The rows with an evaluation where the run was stopped before its last step and went on later.
     """
 
     arm: str
     seed: int
     facts: dict[str, Any]
     curve: list[dict[str, Any]]
+    stops: list[dict[str, Any]]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +81,8 @@ def read_run(path: Path) -> StudyRun:
         facts, settings, attention = rows[-1], rows[-1]["train"], rows[-1]["attention"]
         unfinished = facts["step"] < settings["steps"]
         arm = _arm(attention)
-        run = StudyRun(arm, settings["seed"], facts, losses(rows))
+        stops = [row for row in rows[:-1] if "evaluation" in row]
+        run = StudyRun(arm, settings["seed"], facts, losses(rows), stops)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a finished run of scripts/train.py: {error!r}") from None
     if unfinished:
@@ -98,7 +104,8 @@ def summarize(runs: Sequence[StudyRun], split: str) -> dict[str, Any]:
     -------
     dict
         ``settings`` that all runs share, ``runs`` with their scores and seconds, and ``arms``: mean and standard
-        deviation over seeds (None for a single one) of the scores and of their differences from dense.
+        deviation over seeds (None for a single one) of the scores and of their differences from dense. If all runs were
+        stopped once after the same seconds, ``equal_time`` has the same of that moment, with the steps made until then.
 
     Raises
     ------
@@ -107,34 +114,52 @@ def summarize(runs: Sequence[StudyRun], split: str) -> dict[str, Any]:
     """
     _check(runs, split)
     settings = {name: value for name, value in runs[0].facts["train"].items() if name not in _OWN}
-    seeds: dict[str, dict[int, StudyRun]] = {}
-    for run in runs:
-        seeds.setdefault(run.arm, {})[run.seed] = run
+    summary = {
+        "suite": "factors_study",
+        "split": split,
+        "device": runs[0].facts["device"],
+        "settings": settings,
+        "arms": _arms([(run, run.facts) for run in runs], split),
+        "runs": [
+            {"arm": run.arm, "seed": run.seed, "gpu_seconds": _seconds(run.facts), **run.facts["evaluation"][split]}
+            for run in runs
+        ],
+    }
+    stopped = _stopped_together(runs)
+    return summary | ({"equal_time": _arms(stopped, split, steps=True)} if stopped else {})
+
+
+def _arms(
+    evaluated: Sequence[tuple[StudyRun, dict[str, Any]]], split: str, steps: bool = False
+) -> list[dict[str, Any]]:
+    """Scores of each arm by the given rows of its runs, dense first and then by rank."""
+    seeds: dict[str, dict[int, dict[str, Any]]] = {}
+    for run, row in evaluated:
+        seeds.setdefault(run.arm, {})[run.seed] = row
     dense = seeds.get(DENSE, {})
     arms = []
     for arm, members in sorted(seeds.items(), key=lambda item: (item[0] != DENSE, _rank(item[1]), item[0])):
         row: dict[str, Any] = {"arm": arm, "seeds": sorted(members)}
-        row["gpu_seconds"] = _spread([_seconds(run) for run in members.values()])
+        if steps:
+            row["steps"] = _spread([facts["step"] for facts in members.values()])
+        row["gpu_seconds"] = _spread([_seconds(facts) for facts in members.values()])
         for name in SCORES:
-            scores = {seed: run.facts["evaluation"][split][name] for seed, run in members.items()}
+            scores = {seed: facts["evaluation"][split][name] for seed, facts in members.items()}
             row[name] = _spread(list(scores.values()))
             if arm != DENSE and dense:
-                other = {seed: run.facts["evaluation"][split][name] for seed, run in dense.items()}
-                row[f"{name}_minus_dense"] = _spread([scores[seed] - other[seed] for seed in scores])
+                less = [scores[seed] - dense[seed]["evaluation"][split][name] for seed in scores]
+                row[f"{name}_minus_dense"] = _spread(less)
         arms.append(row)
-    table = [
-        {"arm": run.arm, "seed": run.seed, "gpu_seconds": _seconds(run), **run.facts["evaluation"][split]}
-        for run in runs
-    ]
-    device = runs[0].facts["device"]
-    return {
-        "suite": "factors_study",
-        "split": split,
-        "device": device,
-        "settings": settings,
-        "arms": arms,
-        "runs": table,
-    }
+    return arms
+
+
+def _stopped_together(runs: Sequence[StudyRun]) -> list[tuple[StudyRun, dict[str, Any]]]:
+    """Each run and its first stop, if all stopped after the same seconds."""
+    if not all(run.stops for run in runs):
+        return []
+    stopped = [(run, run.stops[0]) for run in runs]
+    seconds = [_seconds(row) for _, row in stopped]
+    return stopped if max(seconds) <= (1 + _EQUAL_SECONDS) * min(seconds) else []
 
 
 def _arm(attention: dict[str, Any]) -> str:
@@ -144,12 +169,12 @@ def _arm(attention: dict[str, Any]) -> str:
     return f"rank {attention['rank']}" + ("" if table is None else f" + table {table}")
 
 
-def _rank(members: dict[int, StudyRun]) -> int:
-    return next(iter(members.values())).facts["attention"].get("rank") or 0
+def _rank(members: dict[int, dict[str, Any]]) -> int:
+    return next(iter(members.values()))["attention"].get("rank") or 0
 
 
-def _seconds(run: StudyRun) -> float:
-    return round(run.facts["seconds"] * run.facts["gpus"], 1)
+def _seconds(facts: dict[str, Any]) -> float:
+    return round(facts["seconds"] * facts["gpus"], 1)
 
 
 def _check(runs: Sequence[StudyRun], split: str) -> None:

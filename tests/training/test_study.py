@@ -25,6 +25,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         facts["train"] |= {key: value for key, value in changed.items() if key in ("batch_size", "steps")}
         facts |= {key: value for key, value in changed.items() if key not in ("batch_size", "steps")}
         rows = [{"step": step, "total": 1 / step} for step in range(1, 5)]
+        stop = facts.pop("stop", None)
+        if stop is not None:
+            rows.insert(2, facts | {"step": stop[0], "seconds": stop[1], "evaluation": {"val": stop[2]}})
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, facts]))
         return path
@@ -44,6 +47,22 @@ def test_differences_are_between_runs_of_the_same_seed(write: Callable[..., Path
     assert rank16["gpu_seconds"]["mean"] == 20
     assert summary["settings"] == {"steps": 4, "batch_size": 8, "mixture": {"made": 1.0}}
     assert len(summary["runs"]) == 6
+
+
+@pytest.mark.parametrize("seconds", [6.03, 6.2])
+def test_runs_stopped_after_equal_seconds_are_compared_there(write: Callable[..., Path], seconds: float) -> None:
+    dense, factors = ({"lddt": lddt, "lddt_h3": 0.5, "rmsd": 2.0} for lddt in (0.7, 0.6))
+    runs = [
+        read_run(write(DENSE, 0, 0.8, stop=(3, 6.0, dense))),
+        read_run(write(RANK16, 0, 0.8, stop=(2, seconds, factors))),
+    ]
+    summary = summarize(runs, "val")
+    assert summary["arms"][1]["lddt_minus_dense"]["mean"] == 0
+    assert len(runs[0].curve) == 4
+    assert ("equal_time" in summary) == (seconds < 6.1)
+    if seconds < 6.1:
+        assert [arm["steps"]["mean"] for arm in summary["equal_time"]] == [3, 2]
+        assert summary["equal_time"][1]["lddt_minus_dense"]["mean"] == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize(
