@@ -109,9 +109,9 @@ class Meter:
         try:
             call = self._call(case)
             if case.section not in self._own:
-                with EAGER.applied(self.problem.model):
+                with EAGER.applied(self.problem.model, self.problem.loss):
                     self._own[case.section] = self._result(case, call)
-            with implementation.applied(self.problem.model) as acceleration:
+            with implementation.applied(self.problem.model, self.problem.loss) as acceleration:
                 result = self._own[case.section] if implementation is EAGER else self._result(case, call)
                 row["biases"] = biases(acceleration)
                 row["errors"] = self._errors(case, result)
@@ -168,7 +168,7 @@ class Meter:
     def _trunk(self) -> Result:
         """What OpenFold3's own trunk computes: the input of all sampling, and what other trunks are compared with."""
         if "trunk" not in self._own:
-            with EAGER.applied(self.problem.model):
+            with EAGER.applied(self.problem.model, self.problem.loss):
                 if self.problem.tokens < EXACT_BELOW:
                     exact = self.problem.trunk(exact=True)
                     self._own["exact"] = {f"{name} (fp32)": exact[name] for name in "sz"}

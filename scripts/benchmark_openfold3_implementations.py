@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
+from openfold3.core.loss.loss_module import OpenFold3Loss
 from openfold3.core.utils.chunk_utils import ChunkSizeTuner
 from torch import nn
 
 from pairformer_fast import AttentionConfig, accelerate
 from pairformer_fast.config import BiasMethod
 from pairformer_fast.integrations import Acceleration
+from pairformer_fast.integrations.openfold3_loss import accelerated_loss
 
 TRITON, CUEQUIVARIANCE = "use_triton_triangle_kernels", "use_cueq_triangle_kernels"
 OPENFOLD3 = ("openfold3",)
@@ -42,8 +44,8 @@ class Implementation:
             return None
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[Acceleration | None]:
-        """Within this context the model runs this way; it measures its chunk sizes anew.
+    def applied(self, model: nn.Module, loss: OpenFold3Loss) -> Iterator[Acceleration | None]:
+        """Within this context the model and its loss run this way; the model measures its chunk sizes anew.
 
         Raises
         ------
@@ -67,7 +69,7 @@ class Implementation:
         if self.attention is None:
             yield None
             return
-        with accelerate(model, self.attention) as acceleration:
+        with accelerate(model, self.attention) as acceleration, accelerated_loss(loss, self.attention):
             yield acceleration
 
 

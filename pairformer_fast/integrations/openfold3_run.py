@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from openfold3.core.loss.loss_module import OpenFold3Loss
 from openfold3.core.runners.writer import OF3OutputWriter
 from openfold3.entry_points import experiment_runner
 from openfold3.entry_points.experiment_runner import InferenceExperimentRunner
@@ -41,6 +42,7 @@ from pairformer_fast.inference.errors import InputError
 from pairformer_fast.integrations.acceleration import Acceleration, explain, read_config
 from pairformer_fast.integrations.openfold3 import plan
 from pairformer_fast.integrations.openfold3_learned import add_networks, trained_networks
+from pairformer_fast.integrations.openfold3_loss import swap_loss
 
 logger = logging.getLogger(__name__)
 
@@ -98,12 +100,19 @@ def flashbias_flag() -> Iterator[None]:
     Models that were built before, or from configurations without the flag, stay OpenFold3's own.
     """
     construct, forward, predict = OpenFold3.__init__, OpenFold3.forward, OpenFold3AllAtom.predict_step
+    step = OpenFold3AllAtom.training_step
 
     def construct_with_flag(self: Any, config: Any) -> None:
         attention = Switch(config.settings.memory)
         construct(self, config)
         attention.add_networks(self)
         self._flashbias = attention
+
+    def step_with_loss(self: Any, batch: dict[str, Any], batch_idx: int) -> Any:
+        attention = getattr(self.model, "_flashbias", None)
+        if attention is not None:
+            attention.loss = self.loss
+        return step(self, batch, batch_idx)
 
     def forward_with_flag(self: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         attention = getattr(self, "_flashbias", None)
@@ -127,8 +136,9 @@ def flashbias_flag() -> Iterator[None]:
             memory[mode][OPTIONS] = default.model_dump(mode="json") | {FACTORS: None}
     # The class itself stays: its name is in the checkpoints.
     with_flag = _replaced(OpenFold3, __init__=construct_with_flag, forward=forward_with_flag)
+    runner_with_flag = _replaced(OpenFold3AllAtom, training_step=step_with_loss, predict_step=predict_if_trained)
     try:
-        with with_flag, _replaced(OpenFold3AllAtom, predict_step=predict_if_trained), trained_networks():
+        with with_flag, runner_with_flag, trained_networks():
             yield
     finally:
         with model_config.unlocked():
@@ -144,6 +154,11 @@ class Switch:
     memory : ConfigDict
         ``settings.memory`` of the model's configuration.
 
+    Attributes
+    ----------
+    loss : OpenFold3Loss, optional
+        Of the model, swapped with its attention.
+
     Raises
     ------
     InputError
@@ -157,6 +172,7 @@ class Switch:
         self._networks: FactorNetworks | None = None
         self._mode: str | None = None
         self._acceleration: Acceleration | None = None
+        self.loss: OpenFold3Loss | None = None
         if self._learned("train") and not self._learned("eval"):
             raise InputError(
                 f"settings.memory.train.{OPTIONS} of the runner YAML: a model that is trained with bias 'learned' has "
@@ -219,6 +235,8 @@ class Switch:
         config = self._wanted[mode]
         networks = self._networks if self._learned(mode) else None
         self._acceleration = None if config is None else Acceleration(plan(model), config, networks)
+        if self.loss is not None:
+            swap_loss(self.loss, config)
         self._mode = mode
 
     def reports(self) -> list[dict[str, Any]]:

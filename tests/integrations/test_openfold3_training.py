@@ -56,6 +56,7 @@ class Watch(pl.Callback):
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:  # noqa: F811
         self.weights, self.losses, self.gradients, self.averaged, self.cores = weights, [], [], {}, set()
+        self.loss_classes: set[str] = set()
         self.runner: ModelRunner | None = None
 
     def setup(self, trainer, module, stage: str) -> None:
@@ -75,6 +76,7 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, *_: object) -> None:
         self.losses.append(float(outputs["loss"]))
         self.cores.add(sum(isinstance(part, PairBiasAttention) for part in module.modules()))
+        self.loss_classes.add(type(module.loss).__name__)
 
 
 class Training(NamedTuple):
@@ -135,6 +137,7 @@ def test_training_with_the_flag_off_and_on(train, weights):  # noqa: F811
     plain, fast = train(theirs, "plain"), train(ours, "fast", **ON)
     off, on = plain.watch, fast.watch
     assert (off.cores, on.cores) == ({0}, {SWAPPED})
+    assert (off.loss_classes, on.loss_classes) == ({"OpenFold3Loss"}, {"FastOpenFold3Loss"})
     assert len(on.losses) == len(off.losses) == len(on.gradients) == 2
     assert on.losses == pytest.approx(off.losses, rel=1e-3)
     assert off.losses[0] != off.losses[1]

@@ -1,0 +1,5 @@
+"""The loss over pairs of atoms of a diffusion model in training, without a tensor over pairs of atoms."""
+
+from pairformer_fast.kernels.smooth_lddt.api import smooth_lddt
+
+__all__ = ["smooth_lddt"]
