@@ -114,7 +114,8 @@ def pairs(
     if x.numel():
         with on_device(x):
             pairs_kernel[grid](
-                x, target.contiguous(), mask.contiguous(), radius.contiguous(), hits, included, gradient, samples, atoms,
+                x, target.contiguous(), mask.contiguous(), radius.contiguous(),
+                hits, included, gradient, samples, atoms,
                 EPS=eps, GRADIENT=differentiate, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
             )  # fmt: skip
     return hits, included, gradient

@@ -1,8 +1,8 @@
 """OpenFold3 0.5: the two losses of its diffusion module over pairs of atoms, without tensors over pairs of atoms.
 
-In a training step with the blocks accelerated, these were the largest part left: OpenFold3 passes some fifty times over
-``[samples, atoms, atoms]``. The smooth lDDT takes one pass of a kernel (:mod:`~pairformer_fast.kernels.smooth_lddt`), the
-bonds of ligands to polymers only the atoms that are bonded. All other losses are computed by OpenFold3's code.
+Beside accelerated blocks they are the largest part of a training step: OpenFold3 passes some fifty times over
+``[samples, atoms, atoms]``. The smooth lDDT takes one pass of a kernel (:mod:`~pairformer_fast.kernels.smooth_lddt`),
+the bonds of ligands to polymers only the atoms that are bonded. All other losses are computed by OpenFold3's code.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def move(value: Any, device: str) -> Any:
 
 @pytest.fixture(params=DEVICES)
 def case(request: pytest.FixtureRequest, made: tuple[dict, dict]) -> Case:
-    """Protein, RNA and ligands that are bonded to both, samples near and far from the truth, atoms without a position."""
+    """Protein, RNA and ligands bonded to both, samples near and far from the truth, atoms without a position."""
     batch, output = (move(part, request.param) for part in made)
     tokens = torch.arange(30, device=request.param)
     kinds = {"is_protein": tokens < 14, "is_rna": (tokens >= 14) & (tokens < 22), "is_ligand": tokens >= 22}
