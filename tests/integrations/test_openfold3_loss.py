@@ -11,21 +11,26 @@ from pairformer_fast import AttentionConfig
 pytest.importorskip("openfold3", reason="needs the extra [openfold]: pip install '.[openfold]'")
 
 from openfold3.core.loss.loss_module import OpenFold3Loss
-from openfold3.projects.of3_all_atom.model import OpenFold3
 
 from pairformer_fast.integrations.openfold3_loss import FastOpenFold3Loss, accelerated_loss
-
-from .test_openfold3_run import configuration, features
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Case = tuple[OpenFold3Loss, dict[str, Any], dict[str, torch.Tensor]]
 
 
-@pytest.fixture(scope="module")
-def made() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return OpenFold3(configuration("train")).train()(batch=features(30))
+_MADE: list[Case] = []
+
+
+@pytest.fixture
+def made(script: Callable[[str], Any]) -> Case:
+    """OpenFold3's loss with the settings of training, and what its model gives for a chain of 30 residues."""
+    if not _MADE:
+        problem = script("benchmark_openfold3_problem")
+        cpu = torch.device("cpu")
+        chain = problem.Problem(problem.build("train", problem.DRY, cpu).train(), 30)
+        with torch.no_grad():
+            _MADE.append((chain.loss, *chain.model(dict(chain.batch))))
+    return _MADE[0]
 
 
 def move(value: Any, device: str) -> Any:
@@ -35,9 +40,10 @@ def move(value: Any, device: str) -> Any:
 
 
 @pytest.fixture(params=DEVICES)
-def case(request: pytest.FixtureRequest, made: tuple[dict, dict]) -> Case:
+def case(request: pytest.FixtureRequest, made: Case) -> Case:
     """Protein, RNA and ligands bonded to both, samples near and far from the truth, atoms without a position."""
-    batch, output = (move(part, request.param) for part in made)
+    loss_of, batch, output = (move(part, request.param) for part in made)
+    batch["loss_weights"]["bond"] = torch.ones_like(batch["loss_weights"]["mse"])
     tokens = torch.arange(30, device=request.param)
     kinds = {"is_protein": tokens < 14, "is_rna": (tokens >= 14) & (tokens < 22), "is_ligand": tokens >= 22}
     batch |= {name: kind[None, None].to(batch[name].dtype) for name, kind in kinds.items()}
@@ -54,8 +60,7 @@ def case(request: pytest.FixtureRequest, made: tuple[dict, dict]) -> Case:
     noise = torch.randn(output["atom_positions_diffusion"].shape, generator=generator)
     noise[:, 1] *= 0.3
     output["atom_positions_diffusion"] = truth["atom_positions"] + noise.to(tokens.device)
-    settings = configuration("train").architecture.loss_module
-    return OpenFold3Loss(config=settings), batch, output
+    return loss_of, batch, output
 
 
 def learn(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
