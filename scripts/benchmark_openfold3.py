@@ -111,6 +111,8 @@ class Meter:
             if case.section not in self._own:
                 with EAGER.applied(self.problem.model, self.problem.loss):
                     self._own[case.section] = self._result(case, call)
+            if self.problem.device.type == "cuda":
+                release()
             with implementation.applied(self.problem.model, self.problem.loss) as acceleration:
                 result = self._own[case.section] if implementation is EAGER else self._result(case, call)
                 row["biases"] = biases(acceleration)
@@ -185,10 +187,14 @@ class Meter:
         return found
 
     def _measure(self, call: Callable[[], object]) -> Row:
-        """Seconds of calls as Python makes them, the device idle when each begins, and memory above what was held."""
+        """Seconds of calls as Python makes them, the device idle when each begins, and memory above what was held.
+
+        ``peak_bytes`` is what PyTorch had allocated, ``reserved_bytes`` what it had taken from the device: with the
+        memory of CUDA graphs, and its unused cache.
+        """
         on_gpu = self.problem.device.type == "cuda"
         times: list[float] = []
-        before = peak = 0
+        before = peak = reserved = 0
         while len(times) < MAX_RUNS and sum(times) < ENOUGH_SECONDS:
             self.problem.model.zero_grad(set_to_none=True)
             if on_gpu:
@@ -200,9 +206,11 @@ class Meter:
             if on_gpu:
                 torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated() - before
+                reserved = torch.cuda.max_memory_reserved() - before
             times.append(time.perf_counter() - began)
         seconds = {"seconds": statistics.median(times), "seconds_all": times}
-        return seconds | {"timing": "eager", "peak_bytes": peak if on_gpu else None}
+        memory = {"peak_bytes": peak, "reserved_bytes": reserved} if on_gpu else {"peak_bytes": None}
+        return seconds | {"timing": "eager"} | memory
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -217,6 +225,8 @@ def line(row: Row) -> str:
         details.append(f"{row['seconds']:.4g} s of {len(row['seconds_all'])}")
     if row.get("peak_bytes"):
         details.append(f"{row['peak_bytes'] / 2**30:.2f} GiB")
+    if row.get("reserved_bytes"):
+        details.append(f"{row['reserved_bytes'] / 2**30:.2f} GiB reserved")
     details += [f"{name} {error:.1e}" for name, error in row.get("errors", {}).items()]
     if row.get("biases"):
         details.append("biases " + ", ".join(f"{name} {value}" for name, value in row["biases"].items()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pairformer_fast.kernels.launching import on_device
 
-ROWS, COLUMNS, WARPS = 32, 64, 4
+ROWS, COLUMNS, WARPS = 8, 128, 2
 """Atoms of a program, and of a step of its loop."""
 
 

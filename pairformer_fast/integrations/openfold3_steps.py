@@ -21,9 +21,9 @@ from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps
 from pairformer_fast.model.replay import (
     CaptureError,
     Graph,
-    GraphMemory,
     can_capture,
     capture,
+    graph_memory,
     intervened,
     same_autocast,
 )
@@ -107,7 +107,7 @@ def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _St
         with same_autocast(positions.device):
             return (run(positions, level),)
 
-    graph, (result,) = capture(once, positions.device, GraphMemory(), known=True)
+    graph, (result,) = capture(once, positions.device, graph_memory(positions.device), known=True)
     return _Step(inputs, positions, level, result, graph)
 
 

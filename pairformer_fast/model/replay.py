@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,24 @@ class Graph(Protocol):
 
 
 class GraphMemory:
-    """Memory for graphs of which one exists at a time, kept between them."""
+    """Memory for graphs that are replayed one after the other, kept between them.
+
+    All are captured on one stream: PyTorch gives memory that was freed on a stream to that stream alone.
+    """
 
     def __init__(self) -> None:
+        self.capturing = threading.RLock()
+        self._stream: torch.cuda.Stream | None = None
         self._anchor: tuple[Any, torch.cuda.CUDAGraph] | None = None
 
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Where to capture."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
     def pool(self, device: torch.device) -> Any:
-        """Handle of the pool, to be asked for on a stream that can be captured.
+        """Handle of the pool, to be asked for on the stream.
 
         PyTorch forgets a pool without graphs, so one that does next to nothing stays.
         """
@@ -68,10 +80,18 @@ class GraphMemory:
                 torch._C._cuda_releasePool(device.index, self._anchor[0])
             # Pinned memory goes on asking both whether they are captured.
             _ABANDONED.append((graph, *self._anchor))
-            self._anchor = None
+            self._anchor = self._stream = None
 
 
 _ABANDONED: list[Any] = []
+
+_SHARED: WeakValueDictionary[tuple[int | None, int], GraphMemory] = WeakValueDictionary()
+
+
+def graph_memory(device: torch.device) -> GraphMemory:
+    """Memory of all graphs that are replayed on the current stream of a device, which does one after the other."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _SHARED.setdefault((device.index, stream), GraphMemory())
 
 
 class _CudaGraph:
@@ -82,7 +102,7 @@ class _CudaGraph:
 
     def capture(self, run: Callable[[], Any], known: bool) -> Any:
         """Capture, after a first run if it is not known; unlike ``torch.cuda.graph``, keep cached memory."""
-        side = torch.cuda.Stream(self._device)
+        side = self._memory.stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             if not known:
@@ -135,15 +155,21 @@ def capture(run: Callable[[], Any], device: torch.device, memory: GraphMemory, k
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     generator = torch.cuda.default_generators[index]
-    noise, spare = generator.get_state(), generator.clone_state()
-    graph = _CudaGraph(torch.device("cuda", index), memory)
-    try:
-        with _no_collection():
-            result = graph.capture(run, known)
-    except CaptureError:
-        # A capture that broke off leaves the generator's state waiting for its end.
-        generator.graphsafe_set_state(spare)
-        raise
+    noise = generator.get_state()
+    for again in (True, False):
+        # A capture that breaks off leaves the generator's state waiting for its end.
+        spare = generator.clone_state()
+        graph = _CudaGraph(torch.device("cuda", index), memory)
+        try:
+            with memory.capturing, _no_collection():
+                result = graph.capture(run, known)
+            break
+        except CaptureError as error:
+            generator.graphsafe_set_state(spare)
+            if not (again and isinstance(error.__cause__, torch.OutOfMemoryError)):
+                raise
+        # A capture takes none of the memory that PyTorch keeps for others.
+        torch.cuda.empty_cache()
     generator.set_state(noise)
     return graph, result
 
@@ -312,7 +338,7 @@ class BlockReplay:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.memory = GraphMemory()
+        self._memories: set[GraphMemory] = set()
         self._held: dict[Any, _Forward] = {}
         self._backward: dict[Any, _Backward | None] = {}
         self._known: set[Any] = set()
@@ -322,6 +348,12 @@ class BlockReplay:
         self._held.clear()
         self._backward.clear()
 
+    def _memory(self, device: torch.device) -> GraphMemory:
+        """Kept for the next graph."""
+        memory = graph_memory(device)
+        self._memories.add(memory)
+        return memory
+
     def backward(
         self, block: nn.Module, call: Call, states: States, dstates: States, autocast: Any
     ) -> _Backward | None:
@@ -330,8 +362,8 @@ class BlockReplay:
         if key not in self._backward:
             self.release()
             try:
-                known = key in self._known
-                self._backward[key] = _Backward(block, call, states, dstates, autocast, self.memory, known)
+                known, memory = key in self._known, self._memory(states[0].device)
+                self._backward[key] = _Backward(block, call, states, dstates, autocast, memory, known)
                 self._known.add(key)
             except CaptureError as error:
                 _log.warning("gradients of %s are computed without a CUDA graph: %s", type(block).__name__, error)
@@ -380,7 +412,7 @@ class BlockReplay:
         key = call.key(states)
         if key not in self._held:
             self._held.clear()
-            self._held[key] = _Forward(block, call, states, self.memory, key in self._known)
+            self._held[key] = _Forward(block, call, states, self._memory(states[0].device), key in self._known)
             self._known.add(key)
         return self._held[key]
 

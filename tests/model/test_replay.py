@@ -1,6 +1,7 @@
 """Blocks replayed from one graph give what they give by themselves, forward and backward."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -174,3 +175,47 @@ def test_hooks_factors_and_observers_keep_blocks_from_replay(monkeypatch: pytest
     set_attention(model, DENSE)
     monkeypatch.setattr(model.blocks[0].single_transition, "forward", lambda *_: None)
     assert not can_replay(model.blocks, z)
+
+
+def test_graphs_of_a_stream_share_memory_that_goes_with_the_last_of_them(device: str) -> None:
+    replays = [BlockReplay() for _ in range(2)]
+    where = torch.ones(1, device=device).device
+    first, second = (replay._memory(where) for replay in replays)
+    assert first is second
+    kept = weakref.ref(first)
+    del first, second, replays[0]
+    assert kept() is not None
+    replays.clear()
+    assert kept() is None
+
+
+def large(hidden: int) -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """A block on a GPU, and states too large for its graph to be held."""
+    torch.manual_seed(0)
+    block = Plain(nn.Linear(256, hidden), nn.Linear(hidden, 256)).cuda()
+    return block, (torch.randn(2**17, 256, device="cuda"),)
+
+
+@pytest.mark.gpu
+def test_captures_one_after_the_other_take_no_further_memory() -> None:
+    (block, states), replays = large(512), [BlockReplay(), BlockReplay()]
+    reserved = []
+    for _ in range(40):  # more than PyTorch has streams
+        for replay in replays:
+            replay.infer([block], Call({}, {}), states)
+        reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved[2:]) == reserved[1]
+
+
+@pytest.mark.gpu
+def test_a_capture_gets_memory_that_pytorch_keeps_unused() -> None:
+    block, states = large(8192)
+    expected = block(*states)[0].detach()
+    gc.collect()
+    torch.cuda.empty_cache()
+    chunks = [torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(torch.cuda.mem_get_info()[0] >> 30)]
+    del chunks
+    assert torch.cuda.mem_get_info()[0] < 2**31, "less than the hidden layer takes"
+    found = BlockReplay().infer([block], Call({}, {}), states)[0]
+    close(found, expected)
+    assert torch.cuda.mem_get_info()[0] > 2**31, "not computed without a graph"
