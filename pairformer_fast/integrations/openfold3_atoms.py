@@ -104,11 +104,12 @@ class _AtomBlock:
 
     def __call__(self, a: Tensor, windows: _Windows) -> Tensor:
         """Updated ``a [B, S, N, C]``."""
-        a = updated(a, self._condition.attention_gate, self._attended(normalised(a), windows).to(a.dtype))
+        update = self._mha.linear_o(self._attended(normalised(a), windows).to(a.dtype))
+        a = updated(a, self._condition.attention_gate, update)
         return with_transition(a, self._transition, self._condition)
 
     def _attended(self, y: Tensor, windows: _Windows) -> Tensor:
-        """Update by attention of normalised ``y``; what it needs in between is freed before the transition."""
+        """Values that normalised ``y`` attends to; keys and values are freed before anything else is computed."""
         mha = self._mha
         queries, keys = adapted(y, self._condition, 0), adapted(y, self._condition, 1)
         q, gate = (self._heads(windows.of_queries(layer(queries))) for layer in (mha.linear_q, mha.linear_g))
@@ -117,7 +118,7 @@ class _AtomBlock:
         # Elsewhere, one small product for all windows is faster than one call of PyTorch's attention for each.
         backend = backend if backend is Backend.TRITON else Backend.REFERENCE
         attended = flash_bias_attention(q, k, v, self._bias, None, backend, gate=gate)
-        return mha.linear_o(windows.by_atom(attended.flatten(-2)).to(y.dtype))
+        return windows.by_atom(attended.flatten(-2))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.to(self._dtype).unflatten(-1, (self._mha.no_heads, -1))

@@ -44,6 +44,9 @@ from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps, Kept
 from pairformer_fast.integrations.openfold3_steps import FastAtomAttentionDecoder, FastDiffusionModule
 from pairformer_fast.kernels.flash_bias import Factors, flash_bias_attention
 
+_EPS_ATOMS = 1e-9
+"""Added to the number of atoms of a token."""
+
 
 class FastSampleDiffusion(SampleDiffusion):
     """Sampling whose steps share what does not depend on the noise."""
@@ -104,6 +107,22 @@ class FastDiffusionConditioning(Keeps, DiffusionConditioning):
 class FastAtomAttentionEncoder(Keeps, AtomAttentionEncoder):
     """Encoder that keeps the conditioning of single atoms and of pairs, to which a step adds its noisy positions."""
 
+    def forward(
+        self,
+        batch: dict[str, Any],
+        rl: Tensor | None = None,
+        si_trunk: Tensor | None = None,
+        zij_trunk: Tensor | None = None,
+        use_high_precision_attention: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens ``[B, S, N, C]``, atoms, and the conditioning of atoms and pairs; arguments as in the base class."""
+        if self.kept is None or rl is None:
+            return super().forward(batch, rl, si_trunk, zij_trunk, use_high_precision_attention)
+        noisy, atoms, pairs = self.get_atom_reps(batch, rl, si_trunk, zij_trunk)
+        mask, options = batch["atom_mask"], {"use_high_precision_attention": use_high_precision_attention}
+        updated_atoms = self.atom_transformer(a=noisy, s=atoms, z=pairs, mask=mask, **options) * mask.unsqueeze(-1)
+        return _mean_by_token(self.linear_q(updated_atoms), batch), updated_atoms, atoms, pairs
+
     def get_atom_reps(
         self,
         batch: dict[str, Any],
@@ -122,6 +141,20 @@ class FastAtomAttentionEncoder(Keeps, AtomAttentionEncoder):
         if kept.keep(self, (atoms, pairs), atoms.nbytes + pairs.nbytes):
             kept.readers.discard(self)
         return noisy, atoms, pairs
+
+
+def _mean_by_token(x: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Mean ``[B, S, N, C]`` over the atoms of each token of ``x [B, S, A, C]``, without an index of its size."""
+    (entries, samples, atoms, channels), tokens = x.shape, batch["token_mask"].shape[-1]
+    mask = batch["atom_mask"].reshape(entries, -1, atoms)
+    # Padded atoms go to a token after the last.
+    of_token = torch.where(mask != 0, batch["atom_to_token_index"].reshape(mask.shape).long(), tokens)
+    counts = x.new_zeros(entries, mask.shape[1], tokens + 1).scatter_add_(-1, of_token, mask.to(x.dtype))
+    first = torch.arange(entries * samples, device=x.device).view(entries, samples, 1) * (tokens + 1)
+    sums = x.new_zeros(entries * samples * (tokens + 1), channels)
+    sums.index_add_(0, (first + of_token).flatten(), x.flatten(0, 2))
+    means = sums.view(entries, samples, tokens + 1, channels) / (counts[..., None] + _EPS_ATOMS)
+    return means[..., :tokens, :]
 
 
 class FastDiffusionTransformer(Keeps, DiffusionTransformer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from openfold3.core.model.layers.sequence_local_atom_attention import AtomAttentionDecoder
@@ -17,10 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pairformer_fast.bias import PairBiasAttention
+from pairformer_fast.integrations.acceleration import Releases
 from pairformer_fast.integrations.openfold3_kept import Inputs, Keeps
 from pairformer_fast.model.replay import (
     CaptureError,
     Graph,
+    GraphMemory,
     can_capture,
     capture,
     graph_memory,
@@ -29,6 +32,9 @@ from pairformer_fast.model.replay import (
 )
 
 _log = logging.getLogger(__name__)
+
+_MEMORIES: WeakKeyDictionary[DiffusionModule, GraphMemory] = WeakKeyDictionary()
+"""Kept for the next run: PyTorch would not give the memory of a graph that has gone to another."""
 
 
 class _Step(NamedTuple):
@@ -50,7 +56,7 @@ class _Step(NamedTuple):
     graph: Graph
 
 
-class FastDiffusionModule(Keeps, DiffusionModule):
+class FastDiffusionModule(Releases, Keeps, DiffusionModule):
     """Denoiser whose steps within a run of the sampler are replayed where they can be."""
 
     def forward(
@@ -82,8 +88,9 @@ class FastDiffusionModule(Keeps, DiffusionModule):
         if step is None:
             if not self._can_replay():
                 return run(xl_noisy, t)
+            memory = _MEMORIES[self] = graph_memory(xl_noisy.device)
             try:
-                step = _captured(inputs, xl_noisy.clone(), t.clone(), run)
+                step = _captured(inputs, xl_noisy.clone(), t.clone(), run, memory)
             except CaptureError as error:
                 kept.refuse(self)
                 _log.warning("diffusion: steps run without CUDA graphs: %s", error)
@@ -96,18 +103,22 @@ class FastDiffusionModule(Keeps, DiffusionModule):
         step.graph.replay()
         return step.result.clone()
 
+    def release(self) -> None:
+        """Free what is kept for graphs."""
+        _MEMORIES.pop(self, None)
+
     def _can_replay(self) -> bool:
         if any(part is not self and intervened(part) for part in self.modules()):
             return False
         return all(core.config.graphs for core in self.modules() if isinstance(core, PairBiasAttention))
 
 
-def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any) -> _Step:
+def _captured(inputs: Inputs, positions: Tensor, level: Tensor, run: Any, memory: GraphMemory) -> _Step:
     def once() -> tuple[Tensor]:
         with same_autocast(positions.device):
             return (run(positions, level),)
 
-    graph, (result,) = capture(once, positions.device, graph_memory(positions.device), known=True)
+    graph, (result,) = capture(once, positions.device, memory, known=True)
     return _Step(inputs, positions, level, result, graph)
 
 
