@@ -258,8 +258,9 @@ class _Attention:
     def keep(self, mask: Tensor | None, a: Tensor) -> Tensor | None:
         """Which keys of ``a [B, S, N, C]`` are kept, bool ``[B, S, N]``; None if all are, found once for a mask."""
         if mask is not self._mask:
-            self._mask = mask
+            # A capture ends here, with an error: only what was found counts.
             self._keep = None if mask is None or bool(mask.all()) else (mask != 0).expand(a.shape[:-1])
+            self._mask = mask
         return self._keep
 
 

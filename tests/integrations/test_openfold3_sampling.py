@@ -122,7 +122,8 @@ def test_every_step_gives_what_openfold3_gives(model, make, high_precision):
             assert len(acceleration.reports()) == 2, "one decision for each block, not for each step"
         acceleration.configure(AttentionConfig(bias="svd", rank=1))
         assert distance(denoised(model, arguments), expected) > 1e-3, "the comparison must see the biases"
-    assert denoised(model, arguments)[0].equal(expected[0])
+    # On a GPU OpenFold3 itself sums atoms in no fixed order.
+    assert distance(denoised(model, arguments), expected) <= (0 if DEVICE.type == "cpu" else ROUNDING)
 
 
 @pytest.mark.parametrize("make", [inputs, lambda: padded(inputs(batch_size=2))], ids=["19", "padded"])
@@ -260,6 +261,20 @@ def test_a_token_mask_of_its_own_in_each_step(model):
     assert distance(denoised(model, arguments)[1:], expected[1:]) > 1e-3
     with accelerate(model, DENSE):
         assert distance(masked(), expected) < ROUNDING
+
+
+def test_a_mask_whose_look_at_failed_is_looked_at_again(monkeypatch):
+    state, a = openfold3_sampling._Attention(1), torch.zeros(1, 1, 3, 2)
+    assert state.keep(torch.ones(1, 1, 3), a) is None
+    mask = torch.tensor([[[1.0, 0.0, 1.0]]])
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="capturing"):
+
+        def refuse(_mask):
+            raise RuntimeError("not permitted when stream is capturing")
+
+        patched.setattr(torch.Tensor, "all", refuse)
+        state.keep(mask, a)
+    assert state.keep(mask, a).equal(mask != 0)
 
 
 def test_two_threads_sample_with_one_model(model):
