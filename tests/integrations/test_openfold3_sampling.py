@@ -267,13 +267,14 @@ def test_a_mask_whose_look_at_failed_is_looked_at_again(monkeypatch):
     state, a = openfold3_sampling._Attention(1), torch.zeros(1, 1, 3, 2)
     assert state.keep(torch.ones(1, 1, 3), a) is None
     mask = torch.tensor([[[1.0, 0.0, 1.0]]])
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="capturing"):
 
-        def refuse(_mask):
-            raise RuntimeError("not permitted when stream is capturing")
+    def refuse(_mask):
+        raise RuntimeError("not permitted when stream is capturing")
 
+    with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "all", refuse)
-        state.keep(mask, a)
+        with pytest.raises(RuntimeError, match="capturing"):
+            state.keep(mask, a)
     assert state.keep(mask, a).equal(mask != 0)
 
 
