@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,11 +73,7 @@ class _Pairs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, target: Tensor, mask: Tensor, radius: Tensor, eps: float, triton: bool
     ) -> tuple[Tensor, Tensor]:
-        if triton:
-            from pairformer_fast.kernels.smooth_lddt import triton_pairs as implementation
-        else:
-            implementation = reference
-        hits, included, gradient = implementation.pairs(x, target, mask, radius, eps, ctx.needs_input_grad[0])
+        hits, included, gradient = _pairs(triton)(x, target, mask, radius, eps, ctx.needs_input_grad[0])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.set_materialize_grads(False)
@@ -91,6 +88,14 @@ class _Pairs(torch.autograd.Function):
             return (None,) * 6
         (gradient,) = ctx.saved_tensors
         return gradient * dhits[..., None, None].to(gradient.dtype), None, None, None, None, None
+
+
+def _pairs(triton: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    if not triton:
+        return reference.pairs
+    from pairformer_fast.kernels.smooth_lddt import triton_pairs
+
+    return triton_pairs.pairs
 
 
 def _check(x: Tensor, target: Tensor, mask: Tensor, radius: Tensor) -> None:

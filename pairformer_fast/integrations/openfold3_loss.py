@@ -7,7 +7,7 @@ the bonds of ligands to polymers only the atoms that are bonded. All other losse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,7 +37,10 @@ class FastOpenFold3Loss(OpenFold3Loss):
         x, weights = output.get("atom_positions_diffusion"), batch["loss_weights"]
         if x is None or x.ndim != 4 or self.config.train_confidence_only:
             return super().loss(batch, output)
-        pairwise = {"bond": _bond_loss, "smooth_lddt": partial(_smooth_lddt_loss, backend=self.backend)}
+        pairwise: dict[str, Callable[..., Tensor]] = {
+            "bond": _bond_loss,
+            "smooth_lddt": partial(_smooth_lddt_loss, backend=self.backend),
+        }
         others = {name: torch.zeros_like(w) if name in pairwise else w for name, w in weights.items()}
         total, losses = super().loss(batch | {"loss_weights": others}, output)
         settings, t = self.config.diffusion, output["noise_level"]

@@ -181,21 +181,24 @@ def can_capture(x: Tensor) -> bool:
 
 def can_replay(blocks: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether a graph can stand for each of ``blocks``: on a GPU, no hooks, and no bias that the host decides about."""
-    return can_capture(x) and all(_plain(module, x) for block in blocks for module in block.modules())
+    if not can_capture(x):
+        return False
+    configs = {}
+    for block in blocks:
+        for module in block.modules():
+            if intervened(module):
+                return False
+            if isinstance(module, PairBiasAttention):
+                if module.learned or module.followed:
+                    return False
+                configs[id(module.config)] = module.config
+    return all(config.graphs and keeps_dense(config, x) for config in configs.values())
 
 
 def intervened(module: nn.Module) -> bool:
     """Whether a call of a module, its parts aside, does more than the forward of its class."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
-
-
-def _plain(module: nn.Module, x: Tensor) -> bool:
-    if intervened(module):
-        return False
-    if not isinstance(module, PairBiasAttention):
-        return True
-    return module.config.graphs and not module.learned and not module.followed and keeps_dense(module.config, x)
 
 
 @dataclass(frozen=True)

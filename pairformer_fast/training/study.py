@@ -134,8 +134,8 @@ def _arms(
 ) -> list[dict[str, Any]]:
     """Scores of each arm by the given rows of its runs, dense first and then by rank."""
     seeds: dict[str, dict[int, dict[str, Any]]] = {}
-    for run, row in evaluated:
-        seeds.setdefault(run.arm, {})[run.seed] = row
+    for run, facts in evaluated:
+        seeds.setdefault(run.arm, {})[run.seed] = facts
     dense = seeds.get(DENSE, {})
     arms = []
     for arm, members in sorted(seeds.items(), key=lambda item: (item[0] != DENSE, _rank(item[1]), item[0])):
