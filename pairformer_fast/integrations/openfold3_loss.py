@@ -7,6 +7,7 @@ the bonds of ligands to polymers only the atoms that are bonded. All other losse
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,8 @@ PROTEIN_RADIUS, NUCLEOTIDE_RADIUS = 15.0, 30.0
 """Å within which pairs of an atom count in its lDDT."""
 
 Losses = tuple[Tensor, dict[str, Tensor]]
+
+_log = logging.getLogger(__name__)
 
 
 class FastOpenFold3Loss(OpenFold3Loss):
@@ -82,7 +85,7 @@ def accelerated_loss(loss: OpenFold3Loss, config: AttentionConfig | None = None)
 def swap_loss(loss: OpenFold3Loss, config: AttentionConfig | None) -> None:
     """Make a loss of OpenFold3's ours, with the ``backend`` of ``config``, or with None OpenFold3's again.
 
-    A class that is neither stays as it is.
+    A subclass stays as it is, and the log says so: it may compute something else.
     """
     if config is None and type(loss) is FastOpenFold3Loss:
         del loss.backend
@@ -90,6 +93,8 @@ def swap_loss(loss: OpenFold3Loss, config: AttentionConfig | None) -> None:
     elif config is not None and type(loss) in (OpenFold3Loss, FastOpenFold3Loss):
         loss.__class__ = FastOpenFold3Loss
         loss.backend = config.backend
+    elif config is not None:
+        _log.warning("flashbias: the loss is a %s, not OpenFold3's own, and stays as it is", type(loss).__name__)
 
 
 def _smooth_lddt_loss(x: Tensor, batch: dict[str, Any], eps: float, backend: Backend) -> Tensor:

@@ -123,7 +123,7 @@ def test_weights_and_features(case: Case, name: str) -> None:
     assert_same(case)
 
 
-def test_what_it_does_not_know_is_left_to_openfold3(case: Case) -> None:
+def test_what_it_does_not_know_is_left_to_openfold3(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     loss_of, batch, output = case
     with torch.no_grad():
         expected = loss_of(batch, {k: v for k, v in output.items() if k != "atom_positions_diffusion"})
@@ -137,3 +137,4 @@ def test_what_it_does_not_know_is_left_to_openfold3(case: Case) -> None:
     own = Own(loss_of.config)
     with accelerated_loss(own):
         assert type(own) is Own
+    assert "the loss is a Own, not OpenFold3's own" in caplog.text
