@@ -143,6 +143,8 @@ def test_steps_are_replayed(model, make, repeats, monkeypatch):  # noqa: F811
         assert distance(denoised(model, arguments), expected) < ROUNDING
         assert repeats.count == 0, "a hook is called in every step"
         handle.remove()
+        assert model.diffusion_module in openfold3_steps._MEMORIES
+    assert model.diffusion_module not in openfold3_steps._MEMORIES, "kept beyond the acceleration"
 
 
 def nothing_is_kept(model: SampleDiffusion) -> bool:
