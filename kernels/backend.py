@@ -1,4 +1,4 @@
-"""Which backend computes an operation, and in which dtype."""
+"""Which backend computes an operation, in which dtype, and that its arguments are in one place."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def takes_triton(backend: Backend, x: Tensor, channels: int) -> bool:
             "call .contiguous() first"
         )
     return True
+
+
+def check_device(name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """Raise ValueError unless ``x``, the argument called ``name``, is where ``like``, the argument ``other``, is."""
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of {other}, {like.device}, but got {x.device}")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

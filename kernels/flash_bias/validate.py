@@ -8,6 +8,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from pairformer_fast.kernels.backend import check_device
 from pairformer_fast.kernels.flash_bias.terms import TILE, BiasTerms
 
 
@@ -99,19 +100,14 @@ def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
 def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         raise TypeError(f"{name} must have the dtype of q, {q.dtype}, but got {x.dtype}")
-    _check_device(name, x, q)
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, but got {x.device}")
+    check_device(name, x, "q", q)
 
 
 def _check_bool(name: str, x: Tensor, layout: str, sizes: Sequence[int | None], q: Tensor) -> None:
     if x.dtype != torch.bool:
         raise TypeError(f"{name} must be torch.bool, but got {x.dtype}; convert 0/1 masks by {name} > 0.5")
     _check_shape(name, x, layout, sizes, q)
-    _check_device(name, x, q)
+    check_device(name, x, "q", q)
 
 
 def _check_table(table: Tensor, q: Tensor) -> None:
@@ -120,4 +116,4 @@ def _check_table(table: Tensor, q: Tensor) -> None:
     heads = q.shape[-2]
     if table.ndim != 2 or table.shape[0] != heads or table.shape[1] % 2 == 0:
         raise ValueError(f"table must be [H, 2 W + 1] = [{heads}, an odd number], but got {list(table.shape)}")
-    _check_device("table", table, q)
+    check_device("table", table, "q", q)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import takes_triton
+from pairformer_fast.kernels.backend import check_device, takes_triton
 from pairformer_fast.kernels.gated_output import reference
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
@@ -110,7 +110,7 @@ def _check(
             raise ValueError(f"{name} must be [{layout}] = {shape} to fit z and attended, but got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, but got {x.dtype}")
-        _check_device(name, x, z)
+        check_device(name, x, "z", z)
     if dropout is None:
         return
     if dropout.ndim > 4 or any(a not in (1, b) for a, b in zip(dropout.shape[::-1], z.shape[::-1], strict=False)):
@@ -119,7 +119,7 @@ def _check(
         raise TypeError(f"dropout must have the dtype of z, {z.dtype}, but got {dropout.dtype}")
     if dropout.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("dropout gets no gradient: detach it")
-    _check_device("dropout", dropout, z)
+    check_device("dropout", dropout, "z", z)
 
 
 def _check_out(out: Tensor, z: Tensor, inputs: list[Tensor | None]) -> None:
@@ -128,13 +128,8 @@ def _check_out(out: Tensor, z: Tensor, inputs: list[Tensor | None]) -> None:
             f"out must be like z, {z.dtype} {list(z.shape)}, but got {out.dtype} {list(out.shape)}; pass out=z to "
             "update z in place"
         )
-    _check_device("out", out, z)
+    check_device("out", out, "z", z)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in [*inputs, out]):
         raise RuntimeError(
             "out cannot be given while a gradient is wanted: leave it out, or call under torch.no_grad()"
         )
-
-
-def _check_device(name: str, x: Tensor, z: Tensor) -> None:
-    if x.device != z.device:
-        raise ValueError(f"{name} must be on the device of z, {z.device}, but got {x.device}")

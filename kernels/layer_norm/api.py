@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import takes_triton
+from pairformer_fast.kernels.backend import check_device, takes_triton
 from pairformer_fast.kernels.layer_norm import reference
 from pairformer_fast.kernels.layer_norm.parameters import NormParameters
 
@@ -110,5 +110,4 @@ def check_norm(name: str, x: Tensor, norm: NormParameters) -> None:
             )
         if not parameter.is_floating_point():
             raise TypeError(f"norm.{part} must be floating point, but got {parameter.dtype}")
-        if parameter.device != x.device:
-            raise ValueError(f"norm.{part} must be on the device of {name}, {x.device}, but got {parameter.device}")
+        check_device(f"norm.{part}", parameter, name, x)

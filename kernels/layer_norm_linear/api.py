@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import compute_dtype, takes_triton
+from pairformer_fast.kernels.backend import check_device, compute_dtype, takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
 
@@ -132,5 +132,4 @@ def _check_matrix(name: str, matrix: Tensor, z: Tensor) -> None:
         raise ValueError(
             f"{name} must be [rows, C] = [at least 1, {z.shape[-1]}] to fit z, but got {list(matrix.shape)}"
         )
-    if matrix.device != z.device:
-        raise ValueError(f"{name} must be on the device of z, {z.device}, but got {matrix.device}")
+    check_device(name, matrix, "z", z)

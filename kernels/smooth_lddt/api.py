@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import takes_triton
+from pairformer_fast.kernels.backend import check_device, takes_triton
 from pairformer_fast.kernels.smooth_lddt import reference
 
 DIMENSIONS = 3
@@ -109,8 +109,7 @@ def _check(x: Tensor, target: Tensor, mask: Tensor, radius: Tensor) -> None:
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must be {list(shape)} for x {list(x.shape)}, but is {list(value.shape)}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {value.device}")
+        check_device(name, value, "x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be fp32 or fp64, but is {x.dtype}: call .float() first")
     if mask.dtype != torch.bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import compute_dtype, takes_triton
+from pairformer_fast.kernels.backend import check_device, compute_dtype, takes_triton
 from pairformer_fast.kernels.layer_norm import NormParameters
 from pairformer_fast.kernels.layer_norm.api import check_norm
 from pairformer_fast.kernels.transition import operator, reference
@@ -160,14 +160,14 @@ def check_inputs(
             )
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, but got {tensor.dtype}")
-        _check_device(name, tensor, x)
+        check_device(name, tensor, "x", x)
     if mask is None:
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
     if mask.shape != x.shape[:-1]:
         raise ValueError(f"mask must be {list(x.shape[:-1])} to fit x, but got {list(mask.shape)}")
-    _check_device("mask", mask, x)
+    check_device("mask", mask, "x", x)
 
 
 def _check_out(out: Tensor, x: Tensor) -> None:
@@ -175,9 +175,4 @@ def _check_out(out: Tensor, x: Tensor) -> None:
         raise ValueError(f"out must have the shape of x, {list(x.shape)}, but got {list(out.shape)}")
     if out.dtype != x.dtype:
         raise TypeError(f"out must have the dtype of x, {x.dtype}, but got {out.dtype}")
-    _check_device("out", out, x)
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, but got {tensor.device}")
+    check_device("out", out, "x", x)

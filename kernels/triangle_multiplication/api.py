@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pairformer_fast.config import Backend
-from pairformer_fast.kernels.backend import takes_triton
+from pairformer_fast.kernels.backend import check_device, takes_triton
 from pairformer_fast.kernels.layer_norm.api import check_norm
 from pairformer_fast.kernels.triangle_multiplication import operator, reference, torch_slabs
 from pairformer_fast.kernels.triangle_multiplication.parameters import LAYERS, TriangleWeights
@@ -117,7 +117,7 @@ def _check(z: Tensor, mask: Tensor, weights: TriangleWeights, dropout: Tensor | 
         raise TypeError(f"mask must be torch.bool, but got {mask.dtype}; convert 0/1 masks by mask > 0.5")
     if mask.shape != z.shape[:3]:
         raise ValueError(f"mask must be [B, N, N] = {list(z.shape[:3])} to fit z, but got {list(mask.shape)}")
-    _check_device("mask", mask, z)
+    check_device("mask", mask, "z", z)
     check_norm("z", z, weights.norm_in)
     _check_weights(weights, z)
     if dropout is not None:
@@ -140,20 +140,20 @@ def _check_weights(weights: TriangleWeights, z: Tensor) -> None:
             )
         if not weight.is_floating_point():
             raise TypeError(f"weights.{name} must be floating point, but got {weight.dtype}")
-        _check_device(f"weights.{name}", weight, z)
+        check_device(f"weights.{name}", weight, "z", z)
     if weights.offsets is not None:
         count = 4 * hidden + 2 * channels
         if weights.offsets.shape != (count,):
             raise ValueError(
                 f"weights.offsets must be [4 C_hidden + 2 C] = [{count}], but got {list(weights.offsets.shape)}"
             )
-        _check_device("weights.offsets", weights.offsets, z)
+        check_device("weights.offsets", weights.offsets, "z", z)
     for part, parameter in (("weight", weights.norm_out.weight), ("bias", weights.norm_out.bias)):
         if parameter is None:
             continue
         if parameter.shape != (hidden,):
             raise ValueError(f"norm_out.{part} must be [C_hidden] = [{hidden}], but got {list(parameter.shape)}")
-        _check_device(f"norm_out.{part}", parameter, z)
+        check_device(f"norm_out.{part}", parameter, "z", z)
 
 
 def _check_dropout(dropout: Tensor, z: Tensor) -> None:
@@ -166,7 +166,7 @@ def _check_dropout(dropout: Tensor, z: Tensor) -> None:
         raise ValueError(f"dropout must be broadcastable to z, {list(z.shape)}, but got {list(dropout.shape)}")
     if dropout.requires_grad:
         raise ValueError("dropout has no gradient here, but it requires one; detach it")
-    _check_device("dropout", dropout, z)
+    check_device("dropout", dropout, "z", z)
 
 
 def _check_out(out: Tensor, z: Tensor, weights: TriangleWeights) -> None:
@@ -174,15 +174,10 @@ def _check_out(out: Tensor, z: Tensor, weights: TriangleWeights) -> None:
         raise ValueError(f"out must be like z, {list(z.shape)} in {z.dtype}, but got {list(out.shape)} in {out.dtype}")
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous channels, but its strides are {out.stride()}")
-    _check_device("out", out, z)
+    check_device("out", out, "z", z)
     if _needs_gradient(z, weights) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError("out is for inference: call under torch.no_grad(), or leave out=None")
 
 
 def _needs_gradient(z: Tensor, weights: TriangleWeights) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (z, *operator.parameters(weights).values()))
-
-
-def _check_device(name: str, x: Tensor, z: Tensor) -> None:
-    if x.device != z.device:
-        raise ValueError(f"{name} must be on the device of z, {z.device}, but got {x.device}")
