@@ -111,8 +111,7 @@ class Meter:
             if case.section not in self._own:
                 with EAGER.applied(self.problem.model, self.problem.loss):
                     self._own[case.section] = self._result(case, call)
-            if self.problem.device.type == "cuda":
-                release()
+                free()
             with implementation.applied(self.problem.model, self.problem.loss) as acceleration:
                 result = self._own[case.section] if implementation is EAGER else self._result(case, call)
                 row["biases"] = biases(acceleration)
