@@ -57,9 +57,8 @@ def smooth_lddt(
     """
     _check(x, target, mask, radius)
     x = x.contiguous()
-    triton = takes_triton(backend, x, DIMENSIONS) and x.dtype == torch.float32
-    if backend is Backend.TRITON and not triton:
-        raise TypeError(f"backend 'triton' takes fp32 positions, but got {x.dtype}; choose backend 'reference'")
+    # Of the dtypes that are left, Triton is taken for fp32 alone.
+    triton = takes_triton(backend, x, DIMENSIONS)
     hits, included = _Pairs.apply(x, target.to(x.dtype), mask, radius.to(x.dtype), eps, triton)
     kept = mask.sum(-1, dtype=torch.float64)
     pairs = kept * (kept - 1) + eps

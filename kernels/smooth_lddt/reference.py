@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
-"""Å."""
+"""Of lDDT, Å."""
 
 
 def pairs(

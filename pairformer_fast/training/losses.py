@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pairformer_fast.features import TokenFeatures
+from pairformer_fast.kernels.smooth_lddt import THRESHOLDS
 from pairformer_fast.model.all_atom import AllAtom, vdw_radii
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
@@ -52,7 +53,6 @@ WEIGHTS = {
 FAPE_CLAMP, FAPE_SCALE = 30.0, 10.0
 """Largest error (Å) that FAPE counts, and the error that counts as 1."""
 LDDT_RADIUS = 15.0
-LDDT_THRESHOLDS = (0.5, 1.0, 2.0, 4.0)
 DISTOGRAM_RANGE = (2.0, 22.0)
 PEPTIDE_LENGTH = 1.329
 PEPTIDE_COS_CA_C_N, PEPTIDE_COS_C_N_CA = -0.4473, -0.5203
@@ -173,7 +173,7 @@ def lddt_ca(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """lDDT of each residue, ``[B, N]`` from 0 to 1, for CA coordinates ``[B, N, 3]`` (Å) and ``mask [B, N]``."""
     between, pairs = _lddt_pairs(target, mask)
     error = (distances(x) - between).abs()
-    kept = torch.stack([error < t for t in LDDT_THRESHOLDS]).float().mean(0)
+    kept = torch.stack([error < t for t in THRESHOLDS]).float().mean(0)
     return (kept * pairs).sum(-1) / pairs.sum(-1).clamp(min=1)
 
 
@@ -182,7 +182,7 @@ def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     between, pairs = _lddt_pairs(target, mask)
     difference = x[:, :, None] - x[:, None, :]
     error = ((difference.square().sum(-1) + EPSILON).sqrt() - between).abs()
-    kept = torch.stack([torch.sigmoid(t - error) for t in LDDT_THRESHOLDS]).mean(0)
+    kept = torch.stack([torch.sigmoid(t - error) for t in THRESHOLDS]).mean(0)
     return masked_mean(kept, pairs)
 
 
