@@ -53,7 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         If it has no row of a step.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = _rows(path)
         if losses(rows):
             return rows
     except (ValueError, KeyError, TypeError) as error:
@@ -77,7 +77,7 @@ def read_run(path: Path) -> StudyRun:
         If it is no log of a run that reached its last step.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = _rows(path)
         facts, settings, attention = rows[-1], rows[-1]["train"], rows[-1]["attention"]
         unfinished = facts["step"] < settings["steps"]
         arm = _arm(attention)
@@ -118,6 +118,7 @@ def summarize(runs: Sequence[StudyRun], split: str) -> dict[str, Any]:
         "suite": "factors_study",
         "split": split,
         "device": runs[0].facts["device"],
+        "torch": runs[0].facts["torch"],
         "settings": settings,
         "arms": _arms([(run, run.facts) for run in runs], split),
         "runs": [
@@ -160,6 +161,10 @@ def _stopped_together(runs: Sequence[StudyRun]) -> list[tuple[StudyRun, dict[str
     stopped = [(run, run.stops[0]) for run in runs]
     seconds = [_seconds(row) for _, row in stopped]
     return stopped if max(seconds) <= (1 + _EQUAL_SECONDS) * min(seconds) else []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _arm(attention: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ RANK16, RANK32 = (DENSE | {"bias": "learned", "rank": rank, "table": 32} for ran
 def write(tmp_path: Path) -> Callable[..., Path]:
     def write(attention: dict[str, Any], seed: int, lddt: float, **changed: Any) -> Path:
         facts = {
-            "step": 4, "seconds": 10.0, "gpus": 2, "device": "cpu", "attention": attention,
+            "step": 4, "seconds": 10.0, "gpus": 2, "device": "cpu", "torch": "2", "attention": attention,
             "train": {"seed": seed, "steps": 4, "batch_size": 8, "mixture": {"made": 1.0}},
             "origin": {"weights": f"seed{seed}.safetensors", "steps": 100},
             "evaluation": {"val": {"structures": 3, "lddt": lddt, "lddt_h3": lddt - 0.2, "rmsd": 1.0}},
