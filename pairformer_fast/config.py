@@ -135,10 +135,14 @@ class StructureModuleConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    """The whole folding model."""
+    """The whole folding model.
+
+    While it is trained, ``residue_dropout`` of the residues show the trunk no type.
+    """
 
     pairformer: PairformerConfig = PairformerConfig()
     structure: StructureModuleConfig = StructureModuleConfig()
+    residue_dropout: float = Field(default=0.0, ge=0, lt=1)
     max_relative_idx: int = Field(default=32, ge=1)
     max_relative_chain: int = Field(default=2, ge=1)
     recycles: int = Field(default=3, ge=0, description="default number of recycles at inference")

@@ -28,6 +28,7 @@ class InputEmbedder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c_s, c_z = config.pairformer.c_s, config.pairformer.c_z
+        self.residue_dropout = config.residue_dropout
         self.max_idx, self.max_chain = config.max_relative_idx, config.max_relative_chain
         self.restype_s = Lookup(UNKNOWN + 1, c_s)
         self.restype_i = Lookup(UNKNOWN + 1, c_z)
@@ -37,7 +38,7 @@ class InputEmbedder(nn.Module):
 
     def forward(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
         """Initial ``s [B, N, C_s]`` and ``z [B, N, N, C_z]``."""
-        aatype, index, chain = features.aatype, features.residue_index, features.chain_index
+        aatype, index, chain = self._shown(features.aatype), features.residue_index, features.chain_index
         other_chain = chain[:, :, None] != chain[:, None, :]
         offset = (index[:, :, None] - index[:, None, :]).clamp(-self.max_idx, self.max_idx) + self.max_idx
         offset = offset.masked_fill(other_chain, 2 * self.max_idx + 1)
@@ -45,6 +46,12 @@ class InputEmbedder(nn.Module):
         z = self.restype_i(aatype)[:, :, None] + self.restype_j(aatype)[:, None, :]
         z = z + self.relative_position(offset) + self.relative_chain(chain_offset + self.max_chain)
         return self.restype_s(aatype), z
+
+    def _shown(self, aatype: Tensor) -> Tensor:
+        """Residue types, in training without some."""
+        if not self.training or self.residue_dropout == 0:
+            return aatype
+        return aatype.masked_fill(torch.rand(aatype.shape, device=aatype.device) < self.residue_dropout, UNKNOWN)
 
 
 class RecyclingEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
+_SQUARINGS = 14
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -62,11 +63,11 @@ class Rigid:
 
     def apply(self, x: Tensor) -> Tensor:
         """Local to global coordinates, ``[..., 3]``."""
-        return _rotate(self.rot, x) + self.trans
+        return rotate(self.rot, x) + self.trans
 
     def invert_apply(self, x: Tensor) -> Tensor:
         """Global to local coordinates, ``[..., 3]``."""
-        return _rotate(self.rot.mT, x - self.trans)
+        return rotate(self.rot.mT, x - self.trans)
 
     def see(self, x: Tensor) -> Tensor:
         """Local coordinates of every point in every frame, by one matrix product.
@@ -83,7 +84,7 @@ class Rigid:
         """
         batch, frames = self.trans.shape[:2]
         rotated = x @ self.rot.permute(0, 2, 1, 3).reshape(batch, 3, 3 * frames)
-        local_origin = _rotate(self.rot.mT, self.trans)
+        local_origin = rotate(self.rot.mT, self.trans)
         return rotated.unflatten(-1, (frames, 3)).transpose(1, 2) - local_origin[:, :, None]
 
     def unsqueeze(self) -> Rigid:
@@ -95,9 +96,52 @@ class Rigid:
         return Rigid(self.rot.detach(), self.trans)
 
 
-def _rotate(rot: Tensor, x: Tensor) -> Tensor:
+def rotate(rot: Tensor, x: Tensor) -> Tensor:
     """Product of ``[..., 3, 3]`` and ``[..., 3]``; elementwise, since batched 3 x 3 products are slow on a GPU."""
     return (rot * x[..., None, :]).sum(-1)
+
+
+def rotation_of(quaternion: Tensor) -> Tensor:
+    """Rotation matrices ``[..., 3, 3]`` of unit quaternions (w, x, y, z) ``[..., 4]``."""
+    w, x, y, z = quaternion.unbind(-1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def superposing_rotation(x: Tensor, target: Tensor) -> Tensor:
+    """Rotation that brings points nearest to others (Horn 1987), by matrix products alone, as a CUDA graph needs it.
+
+    Parameters
+    ----------
+    x, target : Tensor
+        ``[B, N, 3]`` matched points about their centres; points of zero do not count.
+
+    Returns
+    -------
+    Tensor
+        ``[B, 3, 3]``, proper.
+    """
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = (x[..., :, None] * target[..., None, :]).sum(-3).flatten(-2).unbind(-1)
+    rows = [
+        xx + yy + zz, yz - zy, zx - xz, xy - yx,
+        yz - zy, xx - yy - zz, xy + yx, zx + xz,
+        zx - xz, xy + yx, yy - xx - zz, yz + zy,
+        xy - yx, zx + xz, yz + zy, zz - xx - yy,
+    ]  # fmt: skip
+    matrix = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
+    # The eigenvector of the largest eigenvalue, which all others fall behind in powers of the shifted matrix.
+    size = matrix.norm(dim=(-2, -1), keepdim=True) + EPSILON
+    power = matrix / size + torch.eye(4, device=x.device, dtype=x.dtype)
+    for _ in range(_SQUARINGS):
+        power = power @ power
+        power = power / power.norm(dim=(-2, -1), keepdim=True)
+    best = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    column = power.gather(-1, best[..., None, None].expand(*best.shape, 4, 1)).squeeze(-1)
+    return rotation_of(column / column.norm(dim=-1, keepdim=True))
 
 
 def distances(x: Tensor) -> Tensor:

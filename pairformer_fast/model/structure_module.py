@@ -11,7 +11,7 @@ from pairformer_fast.config import StructureModuleConfig
 from pairformer_fast.model.all_atom import NUM_TORSIONS, AllAtom
 from pairformer_fast.model.invariant_point_attention import InvariantPointAttention
 from pairformer_fast.model.primitives import linear
-from pairformer_fast.model.rigid import EPSILON, Rigid, normalize
+from pairformer_fast.model.rigid import EPSILON, Rigid, normalize, rotation_of
 
 ANGSTROM_PER_UNIT = 10.0
 """The module works in nm; everything outside it in Å."""
@@ -50,13 +50,7 @@ class BackboneUpdate(nn.Module):
         """Local update ``[B, N]`` (nm) from ``s [B, N, C_s]``."""
         vector, trans = self.linear(s).chunk(2, dim=-1)
         quaternion = normalize(torch.cat([torch.ones_like(vector[..., :1]), vector], dim=-1))
-        w, x, y, z = quaternion.unbind(-1)
-        rows = [
-            1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-            2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-            2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-        ]  # fmt: skip
-        return Rigid(torch.stack(rows, dim=-1).unflatten(-1, (3, 3)), trans)
+        return Rigid(rotation_of(quaternion), trans)
 
 
 class TorsionHead(nn.Module):

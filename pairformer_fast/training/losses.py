@@ -14,7 +14,7 @@ from pairformer_fast.model.all_atom import AllAtom, vdw_radii
 from pairformer_fast.model.folding import ModelOutput
 from pairformer_fast.model.heads import PAE_LARGEST
 from pairformer_fast.model.residue import CLASH_OVERLAP, VDW_RADIUS
-from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize
+from pairformer_fast.model.rigid import EPSILON, Rigid, distances, normalize, rotate, superposing_rotation
 from pairformer_fast.model.structure_module import torsion_norm
 from pairformer_fast.training.dataset import Batch
 
@@ -40,6 +40,7 @@ WEIGHTS = {
     "fape_backbone": Weight(1.0, 1.0),
     "fape_atoms": Weight(1.0, 1.0),
     "torsion": Weight(0.5, 0.5),
+    "rmsd": Weight(0.0, 1.0, 0.3, 0.5),
     "lddt": Weight(0.5, 1.0, 0.3, 0.5),
     "distogram": Weight(1.0, 0.3, 0.2, 0.5),
     # Bonds and clashes pull at residues before they have found their places, so they come last.
@@ -81,6 +82,8 @@ def term_scales(scales: Mapping[str, float]) -> Tensor:
 def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights: Tensor) -> dict[str, Tensor]:
     """Every term, weighted by the structures' weights and averaged; ``total`` is their weighted sum.
 
+    Runs in fp32 under any autocast: coordinates do not survive bf16.
+
     Parameters
     ----------
     output : ModelOutput
@@ -97,6 +100,17 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights
     dict of str to Tensor
         Scalars.
     """
+    with torch.autocast(batch.weight.device.type, enabled=False):
+        terms, lddt = _terms(output, batch, all_atom)
+    weight = batch.weight / batch.weight.sum()
+    means = {name: (terms[name] * weight).sum() for name in WEIGHTS}
+    means["total"] = (torch.stack(list(means.values())) * weights).sum()
+    means["lddt_ca"] = (lddt * weight).sum()
+    return means
+
+
+def _terms(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> tuple[dict[str, Tensor], Tensor]:
+    """All terms of each structure, ``[B]``, and its lDDT-CA."""
     features, structure = batch.features, output.structure
     target, known = _rename_symmetric(structure.frames[-1], structure.atom14, batch, all_atom)
     frame_mask = known[:, :, :3].all(-1)
@@ -112,6 +126,7 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights
             known.flatten(1, 2),
         ),
         "torsion": torsion_loss(structure.torsions, target, known, features.aatype, all_atom),
+        "rmsd": superposed_rmsd(structure.atom14[:, :, 1], ca, ca_known) / FAPE_SCALE,
         "lddt": 1 - smooth_lddt(structure.atom14[:, :, 1], ca, ca_known),
         "distogram": distogram_loss(output.distogram, target, frame_mask),
         "peptide": peptide_loss(structure.atom14, features),
@@ -119,11 +134,7 @@ def compute_losses(output: ModelOutput, batch: Batch, all_atom: AllAtom, weights
         "plddt": binned_loss(output.plddt, lddt, 1.0, ca_known),
         "pae": pae_loss(output.pae, structure.frames[-1], frames, frame_mask, ca, ca_known),
     }  # fmt: skip
-    weight = batch.weight / batch.weight.sum()
-    means = {name: (terms[name] * weight).sum() for name in WEIGHTS}
-    means["total"] = (torch.stack(list(means.values())) * weights).sum()
-    means["lddt_ca"] = (masked_mean(lddt, ca_known) * weight).sum()
-    return means
+    return terms, masked_mean(lddt, ca_known)
 
 
 def fape(frames: Rigid, target_frames: Rigid, frame_mask: Tensor, x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -184,6 +195,25 @@ def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     error = ((difference.square().sum(-1) + EPSILON).sqrt() - between).abs()
     kept = torch.stack([torch.sigmoid(t - error) for t in THRESHOLDS]).mean(0)
     return masked_mean(kept, pairs)
+
+
+def superposed_rmsd(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """CA RMSD after the best superposition, ``[B]`` Å, for CA ``[B, N, 3]`` (Å) and ``mask [B, N]``.
+
+    Where several places are likely, its least value is expected at their mean, and errors count by their square: it
+    asks more of loops than FAPE does.
+    """
+    points, places = (mask[..., None] * (p - masked_centre(p, mask)) for p in (x, target))
+    with torch.no_grad():
+        rotation = superposing_rotation(points, places)
+    squared = (rotate(rotation[:, None], points) - places).square().sum(-1)
+    return (masked_mean(squared, mask) + EPSILON).sqrt()
+
+
+def masked_centre(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean ``[B, 1, 3]`` of the points ``[B, N, 3]`` that ``mask [B, N]`` keeps."""
+    counted = mask[..., None].to(x.dtype)
+    return (x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
 
 
 def distogram_loss(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:

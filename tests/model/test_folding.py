@@ -102,6 +102,18 @@ def test_dropout_shares_its_mask_along_one_axis_and_keeps_the_mean(shared_dim):
 
 
 @torch.no_grad()
+def test_residue_dropout_hides_types_in_training_only(model):
+    """Hidden residues enter the trunk alike whatever they are; the structure is still built of the true ones."""
+    features, others = (TokenFeatures.from_chains([sequence]) for sequence in ("ACDEFGHIK", "WWWWWWWWW"))
+    embedder = FoldingModel(SMALL.model_copy(update={"residue_dropout": 0.999})).embedder
+    with torch.no_grad():
+        hidden, same = (embedder.train()(each) for each in (features, others))
+        shown, different = (embedder.eval()(each) for each in (features, others))
+    torch.testing.assert_close(hidden, same, rtol=0, atol=0)
+    assert not torch.equal(shown[0], different[0])
+    assert not torch.equal(shown[1], hidden[1])
+
+
 def test_checkpoint_round_trip(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(model, path, {"step": 7})
