@@ -50,7 +50,7 @@ def test_a_run_starts_from_the_given_weights_and_says_so(data: Path, weights: Pa
     first, *_, last = log(tmp_path)
     # the weights of the loss are the last ones from the first step on
     assert first["total"] == pytest.approx(
-        first["fape_backbone"] + first["fape_atoms"] + 0.5 * first["torsion"] + first["lddt"]
+        first["fape_backbone"] + first["fape_atoms"] + 0.5 * first["torsion"] + first["rmsd"] + first["lddt"]
         + 0.3 * (first["distogram"] + first["clash"]) + 0.15 * first["peptide"]
         + 0.02 * (first["plddt"] + first["pae"]), abs=2e-3,
     )  # fmt: skip
