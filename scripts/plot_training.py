@@ -15,7 +15,7 @@ from pairformer_fast.user_errors import run_script
 plt = pyplot("training")
 
 WEIGHTS = ROOT / "data" / "weights"
-BUNDLED = (WEIGHTS / "antibody_training.jsonl", WEIGHTS / "antibody_learned_training.jsonl")
+BUNDLED = tuple(WEIGHTS / f"antibody_{run}training.jsonl" for run in ("second_", "learned_second_", "", "learned_"))
 SMOOTHED = 15
 """Logged rows in a point of the curves."""
 EVALUATED = {"val": "o", "crystal": "s"}
