@@ -126,7 +126,7 @@ def _terms(output: ModelOutput, batch: Batch, all_atom: AllAtom) -> tuple[dict[s
             known.flatten(1, 2),
         ),
         "torsion": torsion_loss(structure.torsions, target, known, features.aatype, all_atom),
-        "rmsd": superposed_rmsd(structure.atom14[:, :, 1], ca, ca_known) / FAPE_SCALE,
+        "rmsd": rmsd_ca(structure.atom14[:, :, 1], ca, ca_known) / FAPE_SCALE,
         "lddt": 1 - smooth_lddt(structure.atom14[:, :, 1], ca, ca_known),
         "distogram": distogram_loss(output.distogram, target, frame_mask),
         "peptide": peptide_loss(structure.atom14, features),
@@ -197,11 +197,11 @@ def smooth_lddt(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(kept, pairs)
 
 
-def superposed_rmsd(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def rmsd_ca(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """CA RMSD after the best superposition, ``[B]`` Å, for CA ``[B, N, 3]`` (Å) and ``mask [B, N]``.
 
     Where several places are likely, its least value is expected at their mean, and errors count by their square: it
-    asks more of loops than FAPE does.
+    asks more of loops than FAPE does. It has a gradient where both are the same, and is 1e-4 Å there.
     """
     points, places = (mask[..., None] * (p - masked_centre(p, mask)) for p in (x, target))
     with torch.no_grad():

@@ -105,7 +105,7 @@ def test_dropout_shares_its_mask_along_one_axis_and_keeps_the_mean(shared_dim):
 def test_residue_dropout_hides_types_in_training_only(model):
     """Hidden residues enter the trunk alike whatever they are; the structure is still built of the true ones."""
     features, others = (TokenFeatures.from_chains([sequence]) for sequence in ("ACDEFGHIK", "WWWWWWWWW"))
-    embedder = FoldingModel(SMALL.model_copy(update={"residue_dropout": 0.999})).embedder
+    embedder = FoldingModel(SMALL.model_copy(update={"residue_dropout": 0.999999})).embedder
     with torch.no_grad():
         hidden, same = (embedder.train()(each) for each in (features, others))
         shown, different = (embedder.eval()(each) for each in (features, others))

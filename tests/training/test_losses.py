@@ -27,7 +27,7 @@ from pairformer_fast.training.losses import (
     lddt_ca,
     masked_mean,
     peptide_loss,
-    superposed_rmsd,
+    rmsd_ca,
     term_weights,
     torsion_loss,
     virtual_cb,
@@ -139,7 +139,7 @@ def test_rmsd_is_that_of_biotite_after_superposition() -> None:
     mask = torch.ones(3, 40, dtype=torch.bool)
     mask[1, 5:20] = False
     x[1, 5:20] += 1000
-    found = superposed_rmsd(x, target, mask)
+    found = rmsd_ca(x, target, mask)
     for row, fixed, mobile, known in zip(found, target.numpy(), x.numpy(), mask.numpy(), strict=True):
         fitted, _ = struc.superimpose(fixed[known], mobile[known])
         assert float(row) == pytest.approx(float(struc.rmsd(fixed[known], fitted)), rel=1e-3, abs=1e-4)
@@ -151,13 +151,13 @@ def test_gradient_of_rmsd_is_that_of_the_least_rmsd() -> None:
     x = (target + torch.randn_like(target)).requires_grad_()
     mask = torch.ones(1, 12, dtype=torch.bool)
     mask[0, 3] = False
-    assert torch.autograd.gradcheck(lambda points: superposed_rmsd(points, target, mask), [x])
+    assert torch.autograd.gradcheck(lambda points: rmsd_ca(points, target, mask), [x])
 
 
 def test_rmsd_tells_a_mirror_image() -> None:
     target = torch.randn(1, 30, 3) * 10
     mirror = target * torch.tensor([1.0, 1.0, -1.0])
-    assert superposed_rmsd(mirror, target, torch.ones(1, 30, dtype=torch.bool)) > 5
+    assert rmsd_ca(mirror, target, torch.ones(1, 30, dtype=torch.bool)) > 5
 
 
 def test_losses_are_computed_in_full_precision_under_autocast() -> None:
