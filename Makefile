@@ -31,7 +31,7 @@ fold: .venv/.installed ## Install, then fold the bundled antibody (IN=, OUT=, AR
 	$(BIN)/pairformer-fast fold "$(IN)" "$(OUT)" $(ARGS)
 
 test: lint typecheck ## Formatting, lint, types and all tests that need no GPU (TESTS=)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not gpu' $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not gpu' $(TESTS)
 
 gpu-test: .venv/.installed-dev ## The tests that need a CUDA GPU (TESTS=)
 	$(INSTALL) '.[gpu]' --quiet

@@ -22,7 +22,9 @@ EMPTY_CONSTRUCTORS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA GPU."""
+    """Skip tests marked ``gpu`` where there is no CUDA GPU; files with slow tests go first, so that none is last."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU here: run `make gpu-test` on a machine that has one")
