@@ -15,7 +15,9 @@ from pairformer_fast.user_errors import run_script
 plt = pyplot("training")
 
 WEIGHTS = ROOT / "data" / "weights"
-BUNDLED = tuple(WEIGHTS / f"antibody_{run}training.jsonl" for run in ("second_", "learned_second_", "", "learned_"))
+BUNDLED = tuple(
+    WEIGHTS / f"antibody_{bias}{run}training.jsonl" for run in ("second_", "third_", "") for bias in ("", "learned_")
+)
 SMOOTHED = 15
 """Logged rows in a point of the curves."""
 EVALUATED = {"val": "o", "crystal": "s"}
