@@ -59,6 +59,10 @@ class PaeHead(nn.Module):
 
 def expected_value(logits: Tensor, largest: float) -> Tensor:
     """Mean of a distribution over equal bins from 0 to ``largest``, ``[..., bins]`` to ``[...]``."""
+    return (logits.float().softmax(-1) * bin_centres(logits, largest)).sum(-1)
+
+
+def bin_centres(logits: Tensor, largest: float) -> Tensor:
+    """Centres ``[bins]`` of the equal bins from 0 to ``largest`` that ``logits [..., bins]`` are over."""
     bins = logits.shape[-1]
-    centres = (torch.arange(bins, device=logits.device) + 0.5) * (largest / bins)
-    return (logits.float().softmax(-1) * centres).sum(-1)
+    return (torch.arange(bins, device=logits.device) + 0.5) * (largest / bins)

@@ -14,7 +14,9 @@ In the order in which they are run, with the modules that do the work:
     Trains (:mod:`~pairformer_fast.training.loop`) by a preset of ``configs/`` or a YAML file
     (:mod:`~pairformer_fast.training.settings`), on several GPUs through ``torchrun``. ``--bias learned --rank 16``
     trains factor networks with the model in place of dense biases. ``--config antibody_further --from WEIGHTS`` goes on
-    from trained weights, and ``antibody_loops`` and ``antibody_fv`` from those (:mod:`~pairformer_fast.training.origin`).
+    from trained weights (:mod:`~pairformer_fast.training.origin`), ``antibody_loops`` and ``antibody_fv`` from those.
+``scripts/calibrate_plddt.py WEIGHTS CALIBRATED --data OUTPUT``
+    Fits pLDDT of trained weights to held-out crystals (:mod:`~pairformer_fast.training.calibrate`).
 ``scripts/distill_factors.py``
     Fits factor networks to trained weights that stay as they are (:mod:`~pairformer_fast.training.distill`).
 ``scripts/factors_study.py``, ``scripts/compare_training.py``
