@@ -98,10 +98,10 @@ def fit(observed: list[Confidence]) -> Calibration:
 
 
 def crossed_error(observed: list[Confidence]) -> float:
-    """Mean of pLDDT minus lDDT (0 to 1) when each half of the structures is calibrated by the other."""
+    """Mean of pLDDT minus lDDT (0 to 1) of each half of the structures, calibrated by the other; the one further from 0."""
     halves = observed[::2], observed[1::2]
-    errors = [errors_of(there, fit(here)) for here, there in (halves, halves[::-1])]
-    return float(np.concatenate(errors).mean())
+    errors = [float(errors_of(there, fit(here)).mean()) for here, there in (halves, halves[::-1])]
+    return max(errors, key=abs)
 
 
 def errors_of(observed: list[Confidence], calibration: Calibration = Calibration(1.0, 0.0)) -> np.ndarray:

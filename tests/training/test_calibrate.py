@@ -4,7 +4,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,12 +43,12 @@ def test_scale_and_tilt_are_found_and_the_mean_fits() -> None:
 
 def test_halves_that_differ_show_in_the_crossed_error() -> None:
     alike = overconfident(20)
-    assert abs(crossed_error(alike)) < 0.005
+    assert abs(crossed_error(alike)) < 0.01
     unlike = [Confidence(one.logits, one.lddt * (0.5 if i % 2 else 1.0)) for i, one in enumerate(alike)]
     few = unlike[:2]
-    calibrated = [errors_of([there], fit([here])) for here, there in (few, few[::-1])]
-    assert crossed_error(few) == pytest.approx(np.concatenate(calibrated).mean())
-    assert max(abs(errors.mean()) for errors in calibrated) > 0.1
+    means = [errors_of([there], fit([here])).mean() for here, there in (few, few[::-1])]
+    assert crossed_error(few) == pytest.approx(max(means, key=abs))
+    assert abs(crossed_error(few)) > 0.1
 
 
 def test_a_head_gives_calibrated_logits() -> None:
