@@ -98,7 +98,7 @@ def fit(observed: list[Confidence]) -> Calibration:
 
 
 def crossed_error(observed: list[Confidence]) -> float:
-    """Mean of pLDDT minus lDDT (0 to 1) of each half of the structures, calibrated by the other; the one further from 0."""
+    """Mean of pLDDT minus lDDT (0 to 1) of a half of the structures, calibrated by the other half; the worse of two."""
     halves = observed[::2], observed[1::2]
     errors = [float(errors_of(there, fit(here)).mean()) for here, there in (halves, halves[::-1])]
     return max(errors, key=abs)
