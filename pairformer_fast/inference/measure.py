@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import threading
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from pairformer_fast.inference.heap import return_free_memory
 
 _STATM = Path("/proc/self/statm")
 _SAMPLE_SECONDS = 0.005
@@ -50,19 +51,12 @@ def measure(device: torch.device) -> Iterator[Usage]:
         usage.seconds = time.perf_counter() - start
         usage.peak_bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    _return_free_memory()
+    return_free_memory()
     with _ResidentMemory() as memory:
         start = time.perf_counter()
         yield usage
         usage.seconds = time.perf_counter() - start
     usage.peak_bytes = memory.increase
-
-
-def _return_free_memory() -> None:
-    """Hand freed memory back to the system: pages that malloc keeps would hide what the measured code needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class _ResidentMemory:

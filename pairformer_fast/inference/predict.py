@@ -14,6 +14,7 @@ from pairformer_fast.config import AttentionConfig, BiasMethod, ModelConfig
 from pairformer_fast.features import Prediction, TokenFeatures
 from pairformer_fast.inference.errors import InputError
 from pairformer_fast.inference.fasta import Job
+from pairformer_fast.inference.heap import keep_freed_memory
 from pairformer_fast.inference.learned import attention_paths, networks_file
 from pairformer_fast.inference.measure import Usage, measure
 from pairformer_fast.inference.settings import FoldSettings, Precision
@@ -94,7 +95,7 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 class Predictor:
-    """A model on its device.
+    """A model on its device; on a CPU the process reuses freed memory from then on (:mod:`.heap`).
 
     Parameters
     ----------
@@ -117,6 +118,8 @@ class Predictor:
     def __init__(self, settings: FoldSettings) -> None:
         self._relax = _relaxation() if settings.relax else None
         self.device = resolve_device(settings.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = resolve_precision(settings.precision, self.device)
         self.checkpoint = resolve_checkpoint(settings)
         try:
