@@ -17,7 +17,8 @@ KEPT_AT_MOST = 1024 * MIB
 def keep_freed_memory() -> None:
     """Let the process reuse freed blocks of the size of a pair representation.
 
-    By default every one of more than 32 MiB comes from the system anew, which clears its pages first.
+    By default every one of more than 32 MiB comes from the system anew, which clears its pages first. What is kept does
+    not always fit what is wanted next, so that the process may grow by more than it needs.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

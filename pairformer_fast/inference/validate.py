@@ -16,11 +16,11 @@ from pairformer_fast.kernels.flash_bias.reference import SLAB_BYTES
 _GIB = 2**30
 
 
-PAIR_COPIES = 26.0
-"""fp32 copies of the pair representation, ``[N, N, C_z]``, held at the peak.
+PAIR_COPIES = 38.0
+"""fp32 copies of the pair representation, ``[N, N, C_z]``, held at the peak, with freed ones that are kept.
 
-Measured on a CPU with production's pair dimensions; the estimate was 0.9 to 1.4 times the growth of resident memory
-for 128 to 320 residues. On a GPU in bf16 less is needed.
+With it the estimate is 0.8 to 1.1 times the growth of resident memory in the reference runs of
+``data/benchmarks/fold.json`` (106 to 231 residues, on a CPU). On a GPU in bf16 less is needed.
 """
 
 LOGIT_COPIES = 3.0
