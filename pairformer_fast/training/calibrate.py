@@ -29,7 +29,7 @@ from pairformer_fast.model.factors import load_factors
 from pairformer_fast.model.folding import FoldingModel
 from pairformer_fast.model.heads import PlddtHead, bin_centres, expected_value
 from pairformer_fast.training.dataset import AntibodyDataset, collate
-from pairformer_fast.training.losses import lddt_ca
+from pairformer_fast.training.losses import bins_of, lddt_ca
 
 _CA = 1
 ROUNDS = 100
@@ -56,23 +56,22 @@ class Confidence:
     lddt: Tensor
 
 
-def confidences(model: FoldingModel, dataset: AntibodyDataset, device: torch.device) -> Iterator[Confidence]:
-    """Fold every structure of a split, in fp32, and compare it with its crystal.
+def confidences(model: FoldingModel, dataset: AntibodyDataset) -> Iterator[Confidence]:
+    """Fold every structure of a split, in fp32 on a CPU, and compare it with its crystal.
 
     Parameters
     ----------
     model : FoldingModel
-        In ``eval()`` mode on ``device``.
+        In ``eval()`` mode.
     dataset : AntibodyDataset
-    device : torch.device
     """
     for index in range(len(dataset)):
-        batch = collate([dataset[index]]).to(device)
+        batch = collate([dataset[index]])
         with torch.no_grad():
             output = model.run(batch.features, model.config.recycles)
         known = batch.atom14_mask[:, :, _CA]
         lddt = lddt_ca(output.structure.atom14[:, :, _CA], batch.atom14[:, :, _CA], known)
-        yield Confidence(output.plddt[known].cpu().double(), lddt[known].cpu().double())
+        yield Confidence(output.plddt[known].double(), lddt[known].double())
 
 
 def fit(observed: list[Confidence]) -> Calibration:
@@ -81,8 +80,7 @@ def fit(observed: list[Confidence]) -> Calibration:
     There the mean of pLDDT is that of lDDT, but for the width of a bin.
     """
     logits, lddt = _joined(observed)
-    bins = logits.shape[-1]
-    wanted = (lddt * bins).long().clamp(max=bins - 1)
+    wanted = bins_of(lddt, logits.shape[-1], 1.0)
     parameters = torch.tensor([1.0, 0.0], dtype=logits.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=ROUNDS, line_search_fn="strong_wolfe")
 
@@ -164,7 +162,7 @@ def calibrate(checkpoint: Path, data: Path, split: str, output: Path) -> dict[st
         attach_factors(model, networks)
     else:
         set_attention(model, AttentionConfig.reference())
-    observed = list(confidences(model, dataset, torch.device("cpu")))
+    observed = list(confidences(model, dataset))
     calibration = fit(observed)
     apply(model.plddt_head, calibration)
     report = {"split": split, "structures": len(observed)} | asdict(calibration)

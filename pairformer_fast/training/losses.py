@@ -273,10 +273,14 @@ def clash_loss(atom14: Tensor, features: TokenFeatures) -> Tensor:
 
 def binned_loss(logits: Tensor, value: Tensor, largest: float, mask: Tensor) -> Tensor:
     """Cross-entropy of a value binned equally from 0 to ``largest``; ``logits`` has one axis more than ``value``."""
-    count = logits.shape[-1]
-    bins = (value * (count / largest)).long().clamp(0, count - 1)
+    bins = bins_of(value, logits.shape[-1], largest)
     loss = nn.functional.cross_entropy(logits.float().flatten(0, -2), bins.flatten(), reduction="none")
     return masked_mean(loss.view_as(bins), mask)
+
+
+def bins_of(value: Tensor, count: int, largest: float) -> Tensor:
+    """Which of ``count`` equal bins from 0 to ``largest`` a value falls into; one outside, into the nearest."""
+    return (value * (count / largest)).long().clamp(0, count - 1)
 
 
 def pae_loss(
